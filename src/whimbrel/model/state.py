@@ -1,0 +1,58 @@
+"""What a sequence carries from token to token: keys and values for attention, convolution tail and SSM state for Mamba-2.
+
+This file owns shapes and views; `engine/pool.py` owns who uses which slot and which block.
+S slots, I channels of the convolution, W its width, H heads, P head width, N state size, K key/value heads, E head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whimbrel.model.config import ATTENTION, MAMBA, ModelConfig
+
+
+@dataclass(eq=False)
+class State:
+    """The memory of all sequences, one tensor a layer. The SSM state is float32 whatever the model's dtype."""
+
+    conv: dict[int, Tensor]
+    """Layer -> tail_SI(W-1): the last inputs of the convolution, oldest first."""
+    ssm: dict[int, Tensor]
+    """Layer -> state_SHPN, float32."""
+    k: dict[int, Tensor]
+    """Layer -> [blocks, block size, K, E]."""
+    v: dict[int, Tensor]
+    block_size: int
+
+    @classmethod
+    def empty(
+        cls,
+        config: ModelConfig,
+        *,
+        slots: int,
+        blocks: int,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> State:
+        """Zeros for `slots` recurrent states and `blocks` blocks of `block_size` tokens."""
+        tail = (slots, config.conv_channels, config.conv_kernel - 1)
+        state = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        block = (blocks, block_size, config.num_key_value_heads, config.head_dim)
+        mamba, attention = config.indices(MAMBA), config.indices(ATTENTION)
+        return cls(
+            conv={i: torch.zeros(tail, dtype=dtype, device=device) for i in mamba},
+            ssm={i: torch.zeros(state, dtype=torch.float32, device=device) for i in mamba},
+            k={i: torch.zeros(block, dtype=dtype, device=device) for i in attention},
+            v={i: torch.zeros(block, dtype=dtype, device=device) for i in attention},
+            block_size=block_size,
+        )
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held, by kind: conv, ssm, kv."""
+        size = {"conv": self.conv, "ssm": self.ssm}
+        held = {kind: sum(t.nbytes for t in tensors.values()) for kind, tensors in size.items()}
+        return held | {"kv": sum(t.nbytes for side in (self.k, self.v) for t in side.values())}
