@@ -1,0 +1,74 @@
+"""Arithmetic, and nothing else: tensors in, tensors out, no knowledge of models.
+
+Every operation has a truth (`ops/reference`, obvious, in float64) and one or more fast forms that are tested against it
+(`ops/torch`, the default on every device). Callers use the names here; which form runs is decided below, in one place.
+
+Letters of shapes: T packed tokens, S sequences or slots, D model width, V vocabulary, H heads, P head width of Mamba, N state size,
+G groups, I channels of the convolution, W its width, K key/value heads, E head width of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from whimbrel.ops import reference
+from whimbrel.ops import torch as vectorised
+from whimbrel.ops.segments import Segments
+
+OPERATIONS = tuple(reference.__all__)
+_FORMS: dict[str, ModuleType] = {"torch": vectorised, "reference": reference}
+_preferred = ["torch", "reference"]
+
+
+def active() -> dict[str, str]:
+    """Operation -> the form that runs now (`torch` or `reference`)."""
+    return {name: next(form for form in _preferred if hasattr(_FORMS[form], name)) for name in OPERATIONS}
+
+
+@contextmanager
+def using(form: str) -> Iterator[None]:
+    """Run every operation in one form inside the block, for tests and for finding faults."""
+    if form not in _FORMS:
+        raise ValueError(f"form is {form!r}; set it to one of {', '.join(_FORMS)}")
+    before = list(_preferred)
+    _preferred.insert(0, form)
+    try:
+        yield
+    finally:
+        _preferred[:] = before
+
+
+def _operation(name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for form in _preferred:
+            found = getattr(_FORMS[form], name, None)
+            if found is not None:
+                return found(*args, **kwargs)
+        raise AssertionError(name)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = getattr(reference, name).__doc__
+    return call
+
+
+attention = _operation("attention")
+conv = _operation("conv")
+conv_step = _operation("conv_step")
+cross_entropy = _operation("cross_entropy")
+gated_norm = _operation("gated_norm")
+kl = _operation("kl")
+layer_norm_1p = _operation("layer_norm_1p")
+log_prob = _operation("log_prob")
+paged_attention = _operation("paged_attention")
+relu2 = _operation("relu2")
+rms_norm = _operation("rms_norm")
+rotary = _operation("rotary")
+ssd = _operation("ssd")
+ssd_step = _operation("ssd_step")
+step_size = _operation("step_size")
+swiglu = _operation("swiglu")
+
+__all__ = [*OPERATIONS, "Segments", "active", "using"]

@@ -1,0 +1,65 @@
+"""What this machine can do at best, measured: how fast it reads memory and how fast it multiplies matrices.
+
+Each measurement takes about a second and is kept for the life of the process, for each device, dtype and number of threads.
+They are the two floors of every speed that Whimbrel prints: bytes / bandwidth and operations / peak.
+
+What is measured: the best of several repeats, through torch, with the threads torch is set to, on the machine as loaded as it is now.
+What is not: the data sheet's figure, writes, mixed reads and writes, random access, caches (the buffer is larger than those),
+links between devices, or what another dtype or shape of matrix would reach.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+SECONDS = 0.7
+CPU_BUFFER = 256 * 2**20
+GPU_BUFFER = 4 * 2**30
+
+
+def bandwidth(device: torch.device | str = "cpu") -> float:
+    """Bytes a second that a sum over a float32 buffer reads: 256 MiB on a CPU, 4 GiB on a GPU."""
+    return _bandwidth(str(device), torch.get_num_threads())
+
+
+def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> float:
+    """Operations a second of a square matrix product (a multiply-add is two): n 1024 on a CPU, 8192 on a GPU.
+
+    dtype None: float32 on a CPU (where bfloat16 is often emulated and slow), bfloat16 on a GPU.
+    """
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    return _matmul_peak(str(device), dtype, torch.get_num_threads())
+
+
+@cache
+def _bandwidth(device: str, threads: int) -> float:
+    size = CPU_BUFFER if torch.device(device).type == "cpu" else GPU_BUFFER
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    return size / _fastest(lambda: buffer.sum(), device)
+
+
+@cache
+def _matmul_peak(device: str, dtype: torch.dtype, threads: int) -> float:
+    n = 1024 if torch.device(device).type == "cpu" else 8192
+    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(n, n, dtype=dtype, device=device)
+    return 2 * n**3 / _fastest(lambda: torch.mm(left, right, out=out), device)
+
+
+def _fastest(work: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of as many runs as SECONDS hold (three at least), after one to warm up."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+    work()
+    wait()
+    best, runs, end = float("inf"), 0, time.perf_counter() + SECONDS
+    while runs < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        wait()
+        best, runs = min(best, time.perf_counter() - start), runs + 1
+    return best

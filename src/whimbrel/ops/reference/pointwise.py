@@ -1,0 +1,30 @@
+"""Norms and activations, computed in float32 at least and returned in the dtype that came in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim."""
+    x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    return (x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight_D.to(x.dtype)).to(x_TD.dtype)
+
+
+def layer_norm_1p(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """LayerNorm with a weight stored minus one: (1 + weight) * (x - mean) / sqrt(var + eps) + bias (Nemotron-4)."""
+    x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    centred = x - x.mean(-1, keepdim=True)
+    unit = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    return (unit * (1 + weight_D.to(x.dtype)) + bias_D.to(x.dtype)).to(x_TD.dtype)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (arXiv 2109.08668)."""
+    return torch.clamp(x, min=0) ** 2
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up (arXiv 2002.05202)."""
+    return gate * torch.sigmoid(gate) * up
