@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from whimbrel.errors import UserError, nearest
 
-MAMBA, ATTENTION, MLP = "M", "*", "-"
-LETTERS = {MAMBA: "Mamba-2", ATTENTION: "attention", MLP: "feed-forward"}
+MAMBA, ATTENTION, FEED_FORWARD = "M", "*", "-"
+LETTERS = {MAMBA: "Mamba-2", ATTENTION: "attention", FEED_FORWARD: "feed-forward"}
 FAMILIES = ("nemotron_h", "nemotron", "qwen3", "llama")
 
 
@@ -90,7 +90,7 @@ class ModelConfig:
         _check_choice("norm", self.norm, ("rmsnorm", "layernorm1p"))
         _check_choice("family", self.family, FAMILIES)
         needed = ["vocab_size", "hidden_size", "max_position_embeddings"]
-        if MLP in self.pattern:
+        if FEED_FORWARD in self.pattern:
             needed.append("intermediate_size")
         if ATTENTION in self.pattern:
             needed += ["num_attention_heads", "num_key_value_heads", "head_dim"]

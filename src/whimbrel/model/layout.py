@@ -6,11 +6,14 @@ T packed tokens, S sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from whimbrel.model.config import ModelConfig
+from whimbrel.model.positions import angles
 from whimbrel.ops.segments import Segments
 
 
@@ -36,6 +39,7 @@ class Layout:
     """[S, blocks] blocks of keys and values of each sequence, in order."""
     rows: Tensor | None = None
     """Rows whose hidden state is wanted; None: all."""
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -65,6 +69,26 @@ class Layout:
                 decodes += 1
         return cls(segments, past, positions_T, decodes, slots, block_table, rows)
 
-    def split(self) -> tuple[Segments, Segments]:
-        """The decoding sequences and the others, as two cuts of the two parts of the row."""
-        return self.segments.first(self.decodes), self.segments.rest(self.decodes)
+    def angles(self, config: ModelConfig) -> Tensor:
+        """[T, R] rotary angles, computed once for all layers."""
+        if "angles" not in self._derived:
+            self._derived["angles"] = angles(config, self.positions_T)
+        return self._derived["angles"]
+
+    def places(self, block_size: int) -> Tensor:
+        """[T] where each token's key and value belong in the flattened blocks."""
+        if "places" not in self._derived:
+            assert self.block_table is not None, "a state with attention layers needs a block table"
+            block_T = self.block_table[self.segments.sequence_T, self.positions_T // block_size]
+            self._derived["places"] = block_T * block_size + self.positions_T % block_size
+        return self._derived["places"]
+
+    def history(self, block_size: int) -> tuple[Segments, Tensor]:
+        """All keys (past and present) of the sequences that do not decode: their cut, and their places in the flattened blocks."""
+        if "history" not in self._derived:
+            assert self.block_table is not None
+            past, lengths = self.past[self.decodes :], self.lengths[self.decodes :]
+            whole = Segments.of([p + n for p, n in zip(past, lengths, strict=True)], self.segments.device)
+            block_U = self.block_table[self.decodes :][whole.sequence_T, whole.place_T // block_size]
+            self._derived["history"] = whole, block_U * block_size + whole.place_T % block_size
+        return self._derived["history"]

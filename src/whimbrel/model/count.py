@@ -1,0 +1,151 @@
+"""Parameters, arithmetic and bytes of a network, from its config alone. Nothing is built; tests hold each figure to what is built.
+
+D model width, V vocabulary, H heads, K key/value heads, E attention head width, P Mamba head width, N state size, G groups,
+F feed-forward width, W convolution width, I = HP + 2GN channels of the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from whimbrel.errors import UserError, nearest
+from whimbrel.model.config import ATTENTION, MAMBA, MLP, ModelConfig
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+FLOAT32 = 4
+
+
+def dtype_bytes(dtype: str, name: str = "dtype") -> int:
+    """Bytes of one number; an unknown dtype raises `UserError` that names the setting `name`."""
+    if dtype not in DTYPE_BYTES:
+        raise UserError(f"{name} is {dtype!r}; {nearest(str(dtype), DTYPE_BYTES)} (set {name} to bfloat16, for example)")
+    return DTYPE_BYTES[dtype]
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by role: embedding, head, mamba, attention, mlp, norm. A tied head counts once, as the embedding.
+
+    One `M` layer: D(2HP + 2GN + H) in, I(W + 1) convolution with its bias, 3H (A_log, D, dt_bias), HP gated norm, HP*D out.
+    One `*` layer: D*HE for q and for o, D*KE for k and for v, 2E with q/k norm. One `-` layer: 2DF, or 3DF with a gate.
+    norm: D for each layer and for the end, twice that where the norm has a bias (layernorm1p).
+    """
+    width, vocabulary = config.hidden_size, config.vocab_size
+    norm = width * (2 if config.norm == "layernorm1p" else 1)
+    return {
+        "embedding": vocabulary * width,
+        "head": 0 if config.tie_embeddings else vocabulary * width,
+        "mamba": config.count(MAMBA) * sum(_mamba(config)),
+        "attention": config.count(ATTENTION) * sum(_attention(config)),
+        "mlp": config.count(MLP) * sum(_mlp(config)),
+        "norm": (config.layers + 1) * norm,
+    }
+
+
+def _mamba(config: ModelConfig) -> tuple[int, int]:
+    """Numbers in the matrices of one `M` layer, and in everything else of it."""
+    width, inner = config.hidden_size, config.mamba_inner
+    convolution = config.conv_channels * (config.conv_kernel + config.conv_bias)
+    bias = (config.in_proj_width + width) * config.mamba_bias
+    return width * (config.in_proj_width + inner), convolution + 3 * config.mamba_num_heads + inner + bias
+
+
+def _attention(config: ModelConfig) -> tuple[int, int]:
+    """Numbers in the matrices of one `*` layer, and in everything else of it."""
+    width, queries, keys = config.hidden_size, _queries(config), _keys(config)
+    bias = (queries + 2 * keys + width) * config.attention_bias
+    return 2 * width * (queries + keys), bias + 2 * config.head_dim * config.qk_norm
+
+
+def _mlp(config: ModelConfig) -> tuple[int, int]:
+    """Numbers in the matrices of one `-` layer, and in its biases."""
+    into = 2 if config.mlp == "swiglu" else 1
+    width, inner = config.hidden_size, config.intermediate_size
+    return (into + 1) * width * inner, (into * inner + width) * config.mlp_bias
+
+
+def _queries(config: ModelConfig) -> int:
+    return config.num_attention_heads * config.head_dim
+
+
+def _keys(config: ModelConfig) -> int:
+    return config.num_key_value_heads * config.head_dim
+
+
+def total(config: ModelConfig) -> int:
+    """All parameters; a tied head counts once."""
+    return sum(parameters(config).values())
+
+
+def weights_bytes(config: ModelConfig, dtype: str = "bfloat16") -> int:
+    """Bytes of all weights in `dtype`, except A_log, D and dt_bias (3H an `M` layer), which are float32 whatever the dtype."""
+    kept = 3 * config.mamba_num_heads * config.count(MAMBA)
+    return (total(config) - kept) * dtype_bytes(dtype) + kept * FLOAT32
+
+
+def kv_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: str = "bfloat16") -> int:
+    """Bytes of keys and values: 2KE numbers a token, a `*` layer and a sequence."""
+    return 2 * _keys(config) * config.count(ATTENTION) * context * batch * dtype_bytes(dtype, "kv_dtype")
+
+
+def state_bytes(config: ModelConfig, batch: int = 1, dtype: str = "bfloat16") -> int:
+    """Bytes of recurrent state: HPN float32 numbers (SSM) and I(W-1) in `dtype` (convolution tail), an `M` layer and a sequence.
+
+    It does not depend on the context. float32 is not a luxury: the state sums over the whole past, and half precision drifts.
+    """
+    ssm = config.mamba_inner * config.ssm_state_size * FLOAT32
+    tail = config.conv_channels * (config.conv_kernel - 1) * dtype_bytes(dtype)
+    return config.count(MAMBA) * batch * (ssm + tail)
+
+
+def flops(config: ModelConfig, context: float) -> dict[str, float]:
+    """Forward operations of one token that sees `context` keys (itself among them), by part; a multiply-add is two.
+
+    matmul       2 for each number in a layer's matrices
+    head         2VD, tied or not (a prompt needs it in its last token only)
+    attention    4HE a key and `*` layer: 2HE for the scores, 2HE for the weighted values
+    scan         5HPN + 2HP an `M` layer: decay, outer product and sum of the state (3HPN), read-out (2HPN), skip (2HP).
+                 This is the step recurrence, the least there is; a chunked scan does more work in faster matrix form
+    convolution  2IW an `M` layer
+    Left out: norms, activations, softmax, rotary and the embedding's look-up, together about a hundred operations a channel.
+    """
+    inner, mamba = config.mamba_inner, config.count(MAMBA)
+    matrices = mamba * _mamba(config)[0] + config.count(ATTENTION) * _attention(config)[0] + config.count(MLP) * _mlp(config)[0]
+    return {
+        "matmul": 2.0 * matrices,
+        "head": 2.0 * config.vocab_size * config.hidden_size,
+        "attention": 4.0 * _queries(config) * config.count(ATTENTION) * context,
+        "scan": float(mamba * (5 * inner * config.ssm_state_size + 2 * inner)),
+        "convolution": 2.0 * mamba * config.conv_channels * config.conv_kernel,
+    }
+
+
+def flops_per_token(config: ModelConfig, context: float, training: bool = False) -> float:
+    """Operations of one token that sees `context` keys; training is three times forward (the backward has two products for one).
+
+    For whole causal sequences give `mean_context(lengths)`. Recomputation by activation checkpointing is not counted: it is
+    no useful work.
+    """
+    return sum(flops(config, context).values()) * (3 if training else 1)
+
+
+def mean_context(lengths: Sequence[int]) -> float:
+    """Mean number of keys a token sees in causal, isolated documents of these lengths: sum L(L+1)/2 over sum L."""
+    return sum(n * (n + 1) / 2 for n in lengths) / max(1, sum(lengths))
+
+
+def decode_bytes(
+    config: ModelConfig, context: int, batch: int = 1, dtype: str = "bfloat16", kv_dtype: str | None = None
+) -> dict[str, int]:
+    """Bytes that must move to make one more token of each of `batch` sequences that hold `context` tokens.
+
+    weights  read once a step, but of an untied embedding only `batch` rows
+    kv       all keys and values of the context read, one token's written
+    state    read and written
+    """
+    size = dtype_bytes(dtype)
+    table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * size
+    return {
+        "weights": weights_bytes(config, dtype) - table + batch * config.hidden_size * size,
+        "kv": kv_bytes(config, context + 1, batch, kv_dtype or dtype),
+        "state": 2 * state_bytes(config, batch, dtype),
+    }

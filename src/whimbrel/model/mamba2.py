@@ -1,0 +1,86 @@
+"""Mamba-2 with grouped B and C and a gated norm inside each group (arXiv 2405.21060; Nemotron-H, arXiv 2504.03624, section 2.1).
+
+in_proj -> [z | x | B | C | dt]; convolution and SiLU over x, B, C; scan; RMSNorm(y * silu(z)) by group; out_proj.
+T tokens, S sequences, H heads, P head width, N state size, G groups, I = HP + 2GN channels of the convolution, W its width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from whimbrel import ops
+from whimbrel.model.config import ModelConfig
+from whimbrel.model.layout import Layout
+from whimbrel.model.state import State
+
+
+class Mamba2(nn.Module):
+    """One Mamba-2 mixer. A_log, D and dt_bias stay in float32 whatever the model's dtype."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        heads, inner = config.mamba_num_heads, config.mamba_inner
+        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_width, config.mamba_bias, device, dtype)
+        self.conv_weight = nn.Parameter(torch.empty(config.conv_channels, config.conv_kernel, device=device, dtype=dtype))
+        self.conv_bias = (
+            nn.Parameter(torch.zeros(config.conv_channels, device=device, dtype=dtype)) if config.conv_bias else None
+        )
+        self.A_log = nn.Parameter(torch.zeros(heads, device=device, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(heads, device=device, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(heads, device=device, dtype=torch.float32))
+        self.norm_weight = nn.Parameter(torch.ones(inner, device=device, dtype=dtype))
+        self.out_proj = nn.Linear(inner, config.hidden_size, config.mamba_bias, device, dtype)
+
+    def forward(self, x_TD: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
+        """[T, D] -> [T, D]. With a state, each sequence continues from its slot (from zero if it has no past) and leaves its state there."""
+        config = self.config
+        z_TD, xbc_TI, dt_TH = self.in_proj(x_TD).split(
+            [config.mamba_inner, config.conv_channels, config.mamba_num_heads], dim=-1
+        )
+        dt_TH = ops.step_size(dt_TH, self.dt_bias, config.time_step_limit)
+        count = layout.decodes
+        parts = []
+        if count:
+            assert state is not None, "sequences decode only with a state"
+            parts.append(self._step(xbc_TI[:count], dt_TH[:count], layout, state, layer))
+        if layout.segments.tokens > count:
+            parts.append(self._scan(xbc_TI[count:], dt_TH[count:], layout, state, layer))
+        y_TD = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.out_proj(ops.gated_norm(y_TD, z_TD, self.norm_weight, config.n_groups, config.norm_eps))
+
+    def _split(self, xbc_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_THP, b_TGN, c_TGN."""
+        config = self.config
+        shared = config.n_groups * config.ssm_state_size
+        x_TD, b_TD, c_TD = xbc_TI.split([config.mamba_inner, shared, shared], dim=-1)
+        x_THP = x_TD.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
+        b_TGN, c_TGN = (v.unflatten(-1, (config.n_groups, config.ssm_state_size)) for v in (b_TD, c_TD))
+        return x_THP, b_TGN, c_TGN
+
+    def _step(self, xbc_SI: Tensor, dt_SH: Tensor, layout: Layout, state: State, layer: int) -> Tensor:
+        assert layout.slots is not None
+        slots_S = layout.slots[: layout.decodes]
+        xbc_SI = ops.conv_step(xbc_SI, self.conv_weight, self.conv_bias, state.conv[layer], slots_S)
+        x_SHP, b_SGN, c_SGN = self._split(xbc_SI)
+        return ops.ssd_step(x_SHP, dt_SH, -self.A_log.exp(), b_SGN, c_SGN, self.D, state.ssm[layer], slots_S).flatten(1)
+
+    def _scan(self, xbc_TI: Tensor, dt_TH: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
+        rest = layout.segments.rest(layout.decodes)
+        tail, initial, slots_S = None, None, None
+        if state is not None:
+            assert layout.slots is not None, "a state with Mamba-2 layers needs slots"
+            slots_S = layout.slots[layout.decodes :]
+            past = layout.past[layout.decodes :]
+            if any(past):
+                known_S = torch.tensor([p > 0 for p in past], device=xbc_TI.device)
+                tail = state.conv[layer][slots_S] * known_S[:, None, None]
+                initial = state.ssm[layer][slots_S] * known_S[:, None, None, None]
+        xbc_TI, tail = ops.conv(xbc_TI, self.conv_weight, self.conv_bias, rest, tail)
+        x_THP, b_TGN, c_TGN = self._split(xbc_TI)
+        y_THP, final, _ = ops.ssd(x_THP, dt_TH, -self.A_log.exp(), b_TGN, c_TGN, self.D, rest, initial)
+        if state is not None and slots_S is not None:
+            state.conv[layer][slots_S] = tail.to(state.conv[layer].dtype)
+            state.ssm[layer][slots_S] = final.to(state.ssm[layer].dtype)
+        return y_THP.flatten(1)
