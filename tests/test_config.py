@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from whimbrel import config
-from whimbrel.config import Bytes, Settings, load, parse, parse_bytes, read_yaml, save, to_tree, to_yaml
+from whimbrel.config import Bytes, Settings, load, parse, read_yaml, save, to_tree, to_yaml
 from whimbrel.errors import UserError
 from whimbrel.model.config import ModelConfig
 
@@ -96,7 +96,7 @@ def message(cls: type, *overrides: str) -> str:
         (("steps=3", "optimizer.betas=[1, 2, 3]"), ["optimizer.betas is [1, 2, 3]", "at most 2"]),
         (("steps=3", "optimizer.decay.shape=cosin"), ["optimizer.decay.shape is 'cosin'", "'linear' or 'cosine'"]),
         (("steps=3", "optimizer.decay.share=2"), ["share 2.0 is no share; set share to 0.2"]),
-        (("steps=3", "memory=22Gi"), ["memory", "'22Gi'", "22GiB"]),
+        (("steps=3", "memory=22Gi"), ["memory is '22Gi'; set memory to", "22GiB"]),
         (("steps=3", "steps.x=1"), ["steps is 3", "no settings inside"]),
         (("steps=3", "sources=[]", "sources.0.name=x"), ["sources is a list of 0"]),
         (("steps",), ["'steps' is not an override", "key.sub=value"]),
@@ -148,14 +148,15 @@ def test_overrides_beat_the_file_and_later_ones_earlier_ones(tmp_path: Path) -> 
     [
         ("1e-4", 1e-4), ("1E5", 100000), ("-1.5e+3", -1500.0), (".5", 0.5), ("5.", 5.0), ("+7", 7), ("010", 10),
         ("0x1F", 31), ("0o17", 15), ("131_072", 131072), (".inf", math.inf), ("-.inf", -math.inf), ("1e400", math.inf),
-        ("no", "no"), ("on", "on"), ("y", "y"), ("true", True), ("False", False), ("null", None), ("~", None), 
-        ("", None), ("1:30", "1:30"), ("2026-11-21", "2026-11-21"), ("M-M*-", "M-M*-"), ("'5'", "5"), ("1.2.3", "1.2.3"),
+        ("no", "no"), ("on", "on"), ("y", "y"), ("true", True), ("False", False), ("null", None), ("~", None),
+        ("", None), ("1:30", "1:30"), ("2026-11-21", "2026-11-21"),
+        ("M-M*-", "M-M*-"), ("'5'", "5"), ("1.2.3", "1.2.3"),
         ("1e", "1e"), ("_1", "_1"), ("[1e-3, x]", [0.001, "x"]),
     ],
 )  # fmt: skip
 def test_scalars_mean_what_they_look_like(text: str, value: Any) -> None:
     tree: dict[str, Any] = {}
-    config._override(tree, f"x={text}")
+    config.override(tree, f"x={text}")
     assert tree["x"] == value
     assert type(tree["x"]) is type(value)
 
@@ -197,28 +198,6 @@ def test_anchors_and_merges_save_typing(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "a.yaml")["more"] == {"x": 1, "y": 3}
 
 
-@pytest.mark.parametrize(
-    ("size", "count"),
-    [
-        ("22GiB", 22 * 2**30),
-        ("19.66 GiB", round(19.66 * 2**30)),
-        ("500MB", 500 * 10**6),
-        ("1kib", 1024),
-        ("1024", 1024),
-        (7, 7),
-        ("1TB", 10**12),
-    ],
-)
-def test_sizes(size: str | int, count: int) -> None:
-    assert parse_bytes(size) == count
-
-
-@pytest.mark.parametrize("size", ["", "GiB", "22 G", "-1GiB", "1..2GiB", "lots", True])
-def test_sizes_that_are_none(size: str | int) -> None:
-    with pytest.raises(UserError, match="write it as 22GiB"):
-        parse_bytes(size)
-
-
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Job(steps=1).steps = 2  # type: ignore[misc]
@@ -237,7 +216,7 @@ jobs = st.builds(
     | st.sampled_from(
         ["no", "1e-4", "null", "~", "010", "1:30", "2026-11-21", "<<", "true", " x ", "a: b", "#", "-", "=", "1_0"]
     ),
-    memory=st.integers(0, 2**62),
+    memory=st.integers(1, 2**50),
     verbose=st.booleans(),
     out=st.none() | paths,
     optimizer=optimizers,

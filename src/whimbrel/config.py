@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, ValidationInfo
 
 from whimbrel.errors import UserError, nearest
 from whimbrel.files import atomic_write
+from whimbrel.units import parse_bytes
 
 T = TypeVar("T")
 Node = tuple[Any, Any]  # (type, default) of a setting; the default is MISSING where there is none
@@ -38,26 +39,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=False)
 
 
-# ---------------------------------------------------------------------------------------------------------- sizes
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+def _bytes(value: Any, info: ValidationInfo) -> int:
+    return parse_bytes(value if isinstance(value, int) else str(value), info.field_name or "size")
 
 
-def parse_bytes(size: str | int) -> int:
-    """Bytes of a size such as `22GiB`, `500 MB` or `1024`. KiB to TiB count in 1024s, kB to TB in 1000s."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*", str(size))
-    if match is None or match[2].lower() not in _UNITS or isinstance(size, bool):
-        raise UserError(f"{size!r} is not a size in bytes; write it as 22GiB, 500MB or 1073741824")
-    return (
-        round(float(match[1]) * _UNITS[match[2].lower()])
-        if "." in match[1]
-        else int(match[1]) * _UNITS[match[2].lower()]
-    )
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-"""An integer setting that may also be written as `22GiB`."""
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+"""A setting in bytes: `22GiB`, `500MB` or a whole number."""
 
 
 # ---------------------------------------------------------------------------------------------------------- YAML
@@ -162,8 +149,8 @@ def to_yaml(tree: Mapping[str, Any]) -> str:
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """A `Settings` class or frozen dataclass from a YAML file and `key.sub=value` overrides; the last one wins."""
     tree = read_yaml(path) if path is not None else {}
-    for override in overrides:
-        _override(tree, override)
+    for text in overrides:
+        override(tree, text)
     return parse(cls, tree, str(path) if path is not None else "")
 
 
@@ -196,20 +183,20 @@ def save(settings: Any, path: str | Path) -> None:
         file.write(to_yaml(to_tree(settings)))
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def override(tree: dict[str, Any], text: str) -> None:
     """Set `a.b.2.c=value` in the tree, making the groups on the way that are not there yet."""
-    path, equals, text = override.partition("=")
+    path, equals, right = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise UserError(f"{override!r} is not an override; write key.sub=value, for example train.steps=100")
-    value = _parse(text, override)
+        raise UserError(f"{text!r} is not an override; write key.sub=value, for example train.steps=100")
+    value = _parse(right, text)
     place: Any = tree
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(place, list):
             if not key.isdecimal() or int(key) >= len(place):
                 raise UserError(
-                    f"{override}: {'.'.join(keys[:depth])} is a list of {len(place)}; {key!r} is no place in it"
+                    f"{text}: {'.'.join(keys[:depth])} is a list of {len(place)}; {key!r} is no place in it"
                 )
             index: Any = int(key)
         elif isinstance(place, dict):
@@ -217,7 +204,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             if place.get(key) is None:
                 place[key] = {}
         else:
-            raise UserError(f"{override}: {'.'.join(keys[:depth])} is {place!r} and has no settings inside")
+            raise UserError(f"{text}: {'.'.join(keys[:depth])} is {place!r} and has no settings inside")
         if last:
             place[index] = value
         place = place[index]
@@ -330,8 +317,9 @@ def _explain(cls: Any, tree: Any, error: ValidationError) -> str:
         beside = [name for c in _classes(_node(cls, group)[0] if group else cls) for name in _fields(c) or {}]
         return f"unknown setting {path}; {_suggest(cls, path, beside)}{more}"
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, Exception):  # from a validator or a __post_init__; the latter names its settings itself
-        return f"{path}: {cause}{more}" if path else f"{cause}{more}"
+    if isinstance(cause, Exception):  # from a validator or a __post_init__, which may have named the setting itself
+        group, dot, name = path.rpartition(".")
+        return f"{group}{dot}{cause}{more}" if str(cause).startswith(name) else f"{path}: {cause}{more}"
     ways = dict.fromkeys(_way(complaint) for at, _, complaint in complaints if at == path)
     default = _node(cls, path)[1]
     plain = isinstance(default, (str, int, float, bool, type(None), tuple)) and default != value
