@@ -1,7 +1,7 @@
-"""Parameters, arithmetic and bytes of a network, from its config alone. Nothing is built; tests hold each figure to what is built.
+"""Parameters, arithmetic and bytes of a network, from its config alone. Tests hold each figure to what is built.
 
-D model width, V vocabulary, H heads, K key/value heads, E attention head width, P Mamba head width, N state size, G groups,
-F feed-forward width, W convolution width, I = HP + 2GN channels of the convolution.
+D model width, V vocabulary, H heads, K key/value heads, E attention head width, P Mamba head width, N state size,
+G groups, F feed-forward width, W convolution width, I = HP + 2GN channels of the convolution.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from whimbrel.errors import UserError, nearest
-from whimbrel.model.config import ATTENTION, MAMBA, MLP, ModelConfig
+from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 FLOAT32 = 4
@@ -18,14 +18,16 @@ FLOAT32 = 4
 def dtype_bytes(dtype: str, name: str = "dtype") -> int:
     """Bytes of one number; an unknown dtype raises `UserError` that names the setting `name`."""
     if dtype not in DTYPE_BYTES:
-        raise UserError(f"{name} is {dtype!r}; {nearest(str(dtype), DTYPE_BYTES)} (set {name} to bfloat16, for example)")
+        raise UserError(
+            f"{name} is {dtype!r}; {nearest(str(dtype), DTYPE_BYTES)} (set {name} to bfloat16, for example)"
+        )
     return DTYPE_BYTES[dtype]
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by role: embedding, head, mamba, attention, mlp, norm. A tied head counts once, as the embedding.
 
-    One `M` layer: D(2HP + 2GN + H) in, I(W + 1) convolution with its bias, 3H (A_log, D, dt_bias), HP gated norm, HP*D out.
+    One `M` layer: D(2HP + 2GN + H) in, I(W + 1) convolution and its bias, 3H (A_log, D, dt_bias), HP norm, HP*D out.
     One `*` layer: D*HE for q and for o, D*KE for k and for v, 2E with q/k norm. One `-` layer: 2DF, or 3DF with a gate.
     norm: D for each layer and for the end, twice that where the norm has a bias (layernorm1p).
     """
@@ -36,7 +38,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         "head": 0 if config.tie_embeddings else vocabulary * width,
         "mamba": config.count(MAMBA) * sum(_mamba(config)),
         "attention": config.count(ATTENTION) * sum(_attention(config)),
-        "mlp": config.count(MLP) * sum(_mlp(config)),
+        "mlp": config.count(FEED_FORWARD) * sum(_mlp(config)),
         "norm": (config.layers + 1) * norm,
     }
 
@@ -77,7 +79,7 @@ def total(config: ModelConfig) -> int:
 
 
 def weights_bytes(config: ModelConfig, dtype: str = "bfloat16") -> int:
-    """Bytes of all weights in `dtype`, except A_log, D and dt_bias (3H an `M` layer), which are float32 whatever the dtype."""
+    """Bytes of all weights in `dtype`, except A_log, D and dt_bias (3H an `M` layer), which are always float32."""
     kept = 3 * config.mamba_num_heads * config.count(MAMBA)
     return (total(config) - kept) * dtype_bytes(dtype) + kept * FLOAT32
 
@@ -88,9 +90,9 @@ def kv_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: str = "bf
 
 
 def state_bytes(config: ModelConfig, batch: int = 1, dtype: str = "bfloat16") -> int:
-    """Bytes of recurrent state: HPN float32 numbers (SSM) and I(W-1) in `dtype` (convolution tail), an `M` layer and a sequence.
+    """Bytes of recurrent state: HPN float32 numbers (SSM) and I(W-1) in `dtype` (convolution tail) an `M` layer and sequence.
 
-    It does not depend on the context. float32 is not a luxury: the state sums over the whole past, and half precision drifts.
+    It does not depend on the context. float32 because the state sums over the whole past: half precision drifts.
     """
     ssm = config.mamba_inner * config.ssm_state_size * FLOAT32
     tail = config.conv_channels * (config.conv_kernel - 1) * dtype_bytes(dtype)
@@ -106,10 +108,14 @@ def flops(config: ModelConfig, context: float) -> dict[str, float]:
     scan         5HPN + 2HP an `M` layer: decay, outer product and sum of the state (3HPN), read-out (2HPN), skip (2HP).
                  This is the step recurrence, the least there is; a chunked scan does more work in faster matrix form
     convolution  2IW an `M` layer
-    Left out: norms, activations, softmax, rotary and the embedding's look-up, together about a hundred operations a channel.
+    Left out: norms, activations, softmax, rotary and the embedding's look-up, a few operations a channel each.
     """
     inner, mamba = config.mamba_inner, config.count(MAMBA)
-    matrices = mamba * _mamba(config)[0] + config.count(ATTENTION) * _attention(config)[0] + config.count(MLP) * _mlp(config)[0]
+    matrices = (
+        mamba * _mamba(config)[0]
+        + config.count(ATTENTION) * _attention(config)[0]
+        + config.count(FEED_FORWARD) * _mlp(config)[0]
+    )
     return {
         "matmul": 2.0 * matrices,
         "head": 2.0 * config.vocab_size * config.hidden_size,
@@ -120,10 +126,9 @@ def flops(config: ModelConfig, context: float) -> dict[str, float]:
 
 
 def flops_per_token(config: ModelConfig, context: float, training: bool = False) -> float:
-    """Operations of one token that sees `context` keys; training is three times forward (the backward has two products for one).
+    """Operations of one token that sees `context` keys. Training is three times forward: two products go back for each one.
 
-    For whole causal sequences give `mean_context(lengths)`. Recomputation by activation checkpointing is not counted: it is
-    no useful work.
+    For whole causal sequences give `mean_context(lengths)`. What activation checkpointing computes again is not counted.
     """
     return sum(flops(config, context).values()) * (3 if training else 1)
 

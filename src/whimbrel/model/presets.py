@@ -1,8 +1,8 @@
 """Shapes by name: the published models, and small ones of our own.
 
 Sources: Nemotron-H (arXiv 2504.03624), Nemotron Nano 2 (arXiv 2508.14444), Nemotron-4 15B (arXiv 2402.16819) and 340B
-(arXiv 2406.11704), and for the rest the `config.json` of the released checkpoint. Where a paper and its checkpoint disagree
-(47B: layer counts; Nano 2: 128 Mamba heads of 80, printed as 64) the checkpoint is followed.
+(arXiv 2406.11704), and for the rest the `config.json` of the released checkpoint. Where a paper and its checkpoint
+disagree (47B: layer counts; Nano 2: 128 Mamba heads of 80, printed as 64) the checkpoint is followed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ _LLAMA_8B = ModelConfig(
     num_key_value_heads=8,
     head_dim=128,
     rope_theta=500000.0,
-    rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+    rope_scaling=RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    ),
     max_position_embeddings=131072,
     rescale_prenorm_residual=False,
     bos_token_id=128000,
@@ -163,7 +165,7 @@ PRESETS: dict[str, ModelConfig] = {
     "nemotron-h-8b": _H_8B,
     "nemotron-h-47b": replace(
         _H_56B,
-        pattern="M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
+        pattern="M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
         intermediate_size=30720,
     ),
     "nemotron-h-56b": _H_56B,
@@ -187,7 +189,7 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-8b": _QWEN3_8B,
     "llama-3.1-8b": _LLAMA_8B,
     "smollm2-135m": _SMOLLM2_135M,
-    # Ours: two hybrids that train on two cores in minutes, one for measuring speed, and a dense twin of the first and the last.
+    # Ours: two hybrids that train on two cores in minutes, one to measure speed with, and dense twins.
     "hybrid-tiny": _HYBRID_TINY,
     "hybrid-1m": replace(
         _HYBRID_TINY,
