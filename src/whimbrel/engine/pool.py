@@ -1,0 +1,93 @@
+"""Who holds which memory: one slot of recurrent state for a running sequence, blocks of keys and values as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from whimbrel.engine.sequence import Sequence
+from whimbrel.model.config import ATTENTION, ModelConfig
+from whimbrel.model.state import State
+
+
+class Pool:
+    """Owns the `State` and hands out its parts. Nothing here fails for lack of memory: `admit` and `grow` say False
+    instead.
+
+    `slots` sequences can run at once; together they hold `kv_tokens` tokens (rounded up to blocks) of keys and values.
+    A model without attention needs no blocks, and its sequences are never too long.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        slots: int,
+        kv_tokens: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.attends = ATTENTION in config.pattern
+        count = -(-kv_tokens // block_size) if self.attends else 0
+        self.state = State.empty(config, slots=slots, blocks=count, block_size=block_size, dtype=dtype, device=device)
+        self.version: int | None = None
+        """Version of the weights that computed what the pool holds."""
+        self._slots = list(range(slots))[::-1]
+        self._blocks = list(range(count))[::-1]
+        self._table = torch.zeros((slots, max(count, 1)), dtype=torch.int64, device=device)
+        self._device = device
+        self._rows: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, dtype=torch.int64, device=device))
+        self.slots, self.blocks = slots, count
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._slots)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._blocks)
+
+    def need(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_size) if self.attends else 0
+
+    def admit(self, sequence: Sequence, spare: int = 0) -> bool:
+        """Give a waiting sequence a slot and blocks for its tokens if `spare` blocks remain then; else False."""
+        if not self._slots or self.need(len(sequence.tokens)) + spare > len(self._blocks):
+            return False
+        sequence.slot, sequence.cached = self._slots.pop(), 0
+        return self.grow(sequence)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Give a running sequence the blocks of all its tokens; False, and nothing taken, if they are not there."""
+        assert sequence.slot is not None, "only a running sequence grows"
+        missing = self.need(len(sequence.tokens)) - len(sequence.blocks)
+        if missing > len(self._blocks):
+            return False
+        for _ in range(missing):
+            block = self._blocks.pop()
+            self._table[sequence.slot, len(sequence.blocks)] = block
+            sequence.blocks.append(block)
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Take everything back. Nothing needs clearing: a sequence without past ignores what its slot held."""
+        if sequence.slot is not None:
+            self._slots.append(sequence.slot)
+        self._blocks.extend(reversed(sequence.blocks))
+        sequence.slot, sequence.blocks, sequence.cached = None, [], 0
+
+    def places(self, sequences: Rows[Sequence]) -> tuple[Tensor, Tensor]:
+        """(slots_S, block_table [S, most blocks]) of running sequences; unused places of the table hold any block."""
+        slots = tuple(sequence.slot for sequence in sequences if sequence.slot is not None)
+        assert len(slots) == len(sequences), "only running sequences have a place"
+        if slots != self._rows[0]:
+            self._rows = (slots, torch.tensor(slots, dtype=torch.int64, device=self._device))
+        width = max((len(sequence.blocks) for sequence in sequences), default=0)
+        return self._rows[1], self._table[self._rows[1], :width]

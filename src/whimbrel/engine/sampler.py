@@ -1,0 +1,143 @@
+"""From logits to tokens, a whole batch at a time, with randomness that belongs to each request alone.
+
+A draw is a pure function of (seed, sample, position): a counter-based hash gives one uniform number, and the inverse
+of the cumulative distribution turns it into a token. So an answer does not depend on batch mates, on preemption, or on
+the device's random generator. Letters: S rows, V vocabulary, W candidates kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whimbrel.engine.sampling import Sampling
+
+_MASK = (1 << 64) - 1
+_CANDIDATES = 1024
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the sampler needs of one row: its settings, its own randomness, and the tokens a penalty looks at."""
+
+    sampling: Sampling
+    seed: int
+    sample: int
+    position: int
+    used_V: Tensor | None = None
+    """[V] bool, ids of prompt and output; only with a repetition penalty."""
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """A number in [0, 1) from three integers: the finaliser of splitmix64 (Steele et al. 2014), once for each."""
+    word = 0
+    for part in (seed, sample, position):
+        word = (word + part + 0x9E3779B97F4A7C15) & _MASK
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+        word ^= word >> 31
+    return (word >> 11) / (1 << 53)
+
+
+def sample(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
+    """One token for each row. `logits_SV` is float32 and left as it is; one transfer to the host for each group of
+    rows.
+
+    Rows fall into three groups (greedy, whole distribution, truncated), each handled in one pass.
+    """
+    penalised = [row for row, draw in enumerate(draws) if draw.sampling.repetition_penalty != 1.0]
+    if penalised:
+        logits_SV = _penalise(logits_SV, draws, penalised)
+    greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0]
+    if len(greedy) == len(draws):
+        return logits_SV.argmax(-1).tolist()
+    truncated = [row for row, draw in enumerate(draws) if row not in greedy and _truncates(draw.sampling)]
+    whole = [row for row in range(len(draws)) if row not in greedy and row not in truncated]
+    tokens = [0] * len(draws)
+    for rows, choose in ((greedy, _greedy), (whole, _whole), (truncated, _truncated)):
+        if rows:
+            part_SV = logits_SV if len(rows) == len(draws) else logits_SV[rows]
+            for row, token in zip(rows, choose(part_SV, [draws[row] for row in rows]), strict=True):
+                tokens[row] = token
+    return tokens
+
+
+def top_log_probs(logits_V: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Log-probability of `token` under the model itself, and the `count` likeliest (id, log-probability)."""
+    logprobs_V = logits_V.log_softmax(-1)
+    values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
+    return float(logprobs_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def _truncates(sampling: Sampling) -> bool:
+    return sampling.top_p < 1.0 or sampling.top_k > 0
+
+
+def _penalise(logits_SV: Tensor, draws: Rows[Draw], rows: list[int]) -> Tensor:
+    """Repetition penalty of Keskar et al. 2019 (CTRL, §4.1), over prompt and output."""
+    logits_SV = logits_SV.clone()
+    for row in rows:
+        used_V, penalty, row_V = draws[row].used_V, draws[row].sampling.repetition_penalty, logits_SV[row]
+        assert used_V is not None, "a penalty needs the tokens it looks at"
+        logits_SV[row] = torch.where(used_V, torch.where(row_V > 0, row_V / penalty, row_V * penalty), row_V)
+    return logits_SV
+
+
+def _greedy(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
+    return logits_SV.argmax(-1).tolist()
+
+
+def _whole(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
+    """Draw from the whole vocabulary (after min_p, which needs no order)."""
+    probs_SV = _probabilities(logits_SV, draws)
+    if any(draw.sampling.min_p for draw in draws):
+        floor_S1 = _column([draw.sampling.min_p for draw in draws], probs_SV) * probs_SV.amax(-1, keepdim=True)
+        probs_SV = probs_SV.masked_fill(probs_SV < floor_S1, 0.0)
+    return _invert(probs_SV, draws).squeeze(-1).tolist()
+
+
+def _truncated(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
+    """Draw after top_k, then top_p on what remains, then min_p. Sorts all V only where the likeliest do not suffice."""
+    vocabulary = logits_SV.shape[-1]
+    limits = [draw.sampling.top_k or vocabulary for draw in draws]
+    probs_SV = _probabilities(logits_SV, draws)
+    width = min(vocabulary, _CANDIDATES)
+    top_SW, ids_SW = probs_SV.topk(width)
+    shares = top_SW.sum(-1).tolist()
+    enough = [
+        limit <= width or share >= draw.sampling.top_p for limit, share, draw in zip(limits, shares, draws, strict=True)
+    ]
+    if not all(enough):
+        top_SW, ids_SW = probs_SV.sort(stable=True, dim=-1, descending=True)
+        width = vocabulary
+    rank_W = torch.arange(width, device=logits_SV.device)
+    inside_SW = rank_W < torch.tensor(limits, device=logits_SV.device)[:, None]
+    kept_SW = top_SW * inside_SW
+    total_S1 = torch.where(
+        _column(limits, top_SW) < width, kept_SW.sum(-1, keepdim=True), torch.ones_like(top_SW[:, :1])
+    )
+    before_SW = kept_SW.cumsum(-1) - kept_SW
+    kept_SW = kept_SW * (before_SW < _column([draw.sampling.top_p for draw in draws], top_SW) * total_S1)
+    kept_SW = kept_SW * (kept_SW >= _column([draw.sampling.min_p for draw in draws], top_SW) * top_SW[:, :1])
+    return ids_SW.gather(-1, _invert(kept_SW, draws)).squeeze(-1).tolist()
+
+
+def _probabilities(logits_SV: Tensor, draws: Rows[Draw]) -> Tensor:
+    """Softmax at each row's temperature; in float64, so that a sum over V leaves no rounding a draw could fall in."""
+    return (logits_SV.double() / _column([draw.sampling.temperature for draw in draws], logits_SV).double()).softmax(-1)
+
+
+def _invert(weights_SW: Tensor, draws: Rows[Draw]) -> Tensor:
+    """[S, 1] index at which each row's cumulative weight first exceeds its uniform share of the total."""
+    cumulative_SW = weights_SW.cumsum(-1)
+    share_S1 = _column([uniform(draw.seed, draw.sample, draw.position) for draw in draws], weights_SW)
+    index_S1 = torch.searchsorted(cumulative_SW, share_S1 * cumulative_SW[:, -1:], right=True)
+    last_S1 = (weights_SW > 0).to(torch.int8).flip(-1).argmax(-1, keepdim=True)
+    return index_S1.minimum(weights_SW.shape[-1] - 1 - last_S1)
+
+
+def _column(values: Rows[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
