@@ -11,7 +11,7 @@ from typing import Any
 
 from whimbrel.errors import UserError
 from whimbrel.model.config import ModelConfig
-from whimbrel.model.families.fields import REQUIRED, Fields, expressible, ids_to_hf, rotary_to_hf
+from whimbrel.model.families.fields import Fields, expressible, ids_to_hf, rotary_to_hf
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,18 @@ class Classic:
         fields = Fields(raw, where)
         fields.only("hidden_act", self.activation)
         fields.only("rope_interleaved", False)
-        heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+        heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
         fixed = dict(self.fixed)
         if "mlp_bias" in fixed:
             fields.only("mlp_bias", fixed["mlp_bias"])
         else:
             fixed["mlp_bias"] = fields.get("mlp_bias", default=False)
+        rotary = fields.rotary(self.usual_fraction)
+        if rotary["rope_fraction"] != fixed.setdefault("rope_fraction", rotary["rope_fraction"]):
+            raise UserError(f"{where} says partial_rotary_factor {rotary['rope_fraction']}, which is not computed here")
         return ModelConfig(
             family=self.model_type,
-            pattern="*-" * fields.get("num_hidden_layers"),
+            pattern="*-" * fields.size("num_hidden_layers"),
             vocab_size=fields.get("vocab_size"),
             hidden_size=hidden,
             intermediate_size=fields.get("intermediate_size"),
@@ -50,15 +53,14 @@ class Classic:
             num_key_value_heads=fields.get("num_key_value_heads", default=heads),
             head_dim=fields.get("head_dim", "attention_head_dim", default=self.usual.get("head_dim", hidden // heads)),
             attention_bias=fields.get("attention_bias", default=False),
-            norm_eps=fields.get(self.eps, default=REQUIRED),
+            norm_eps=fields.get(self.eps),
             tie_embeddings=fields.get("tie_word_embeddings", default=False),
             max_position_embeddings=fields.get("max_position_embeddings"),
             initializer_range=fields.get("initializer_range", default=0.02),
             bos_token_id=fields.ids("bos_token_id", self.usual.get("bos_token_id")),
             eos_token_id=fields.ids("eos_token_id", self.usual.get("eos_token_id")),
             pad_token_id=fields.ids("pad_token_id", None),
-            **fields.rotary(self.usual_fraction),
-            **fixed,
+            **{**rotary, **fixed},
         )
 
     def config_to_hf(self, config: ModelConfig) -> dict[str, Any]:
@@ -70,7 +72,9 @@ class Classic:
                 "or family to nemotron_h"
             )
         if config.rope_theta is None:
-            raise UserError(f"rope_theta is null, but a {self.model_type} folder has rotary positions; set rope_theta to 10000.0")
+            raise UserError(
+                f"rope_theta is null, but a {self.model_type} folder has rotary positions; set rope_theta to 10000.0"
+            )
         said = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -107,7 +111,9 @@ class Classic:
             ours, block = f"layers.{layer}", f"model.layers.{layer // 2}"
             before, mixer = ("input_layernorm", "self_attn") if letter == "*" else ("post_attention_layernorm", "mlp")
             table |= {f"{ours}.norm.{part}": f"{block}.{before}.{part}" for part in norm}
-            table |= {f"{ours}.mixer.{our}": f"{block}.{mixer}.{their}" for our, their in mixer_names(config, letter).items()}
+            table |= {
+                f"{ours}.mixer.{our}": f"{block}.{mixer}.{their}" for our, their in mixer_names(config, letter).items()
+            }
         return table
 
 

@@ -25,8 +25,17 @@ class Fields:
             if self.raw.get(name) is not None:
                 return number(self.raw[name])
         if default is REQUIRED:
-            raise UserError(f"{self.where} has no {' or '.join(spellings)}; add it with the value the weights were made with")
+            raise UserError(
+                f"{self.where} has no {' or '.join(spellings)}; add it with the value the weights were made with"
+            )
         return default
+
+    def size(self, *spellings: str, default: Any = REQUIRED) -> int:
+        """A whole number of 1 or more."""
+        value = self.get(*spellings, default=default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{self.where} says {spellings[0]} {value!r}; set it to a whole number of 1 or more")
+        return value
 
     def ids(self, name: str, default: int | None) -> Any:
         """A token id, several of them as a tuple, or None where the file says null."""
@@ -43,14 +52,20 @@ class Fields:
         """`rope_theta`, `rope_fraction` and `rope_scaling`, from the top level or from inside rope_parameters/rope_scaling."""
         inside = dict(self.raw.get("rope_scaling") or {}) | dict(self.raw.get("rope_parameters") or {})
         if any(isinstance(value, dict) for value in inside.values()):
-            raise UserError(f"{self.where} gives rope_parameters for each kind of layer; only one set for all layers is read")
+            raise UserError(
+                f"{self.where} gives rope_parameters for each kind of layer; only one set for all layers is read"
+            )
         flat = Fields({**self.raw, **inside}, self.where)
         kind = flat.get("rope_type", "type", default="default")
         if kind not in ("default", "llama3"):
-            raise UserError(f"{self.where} says rope_type {kind!r}, which is not computed here; read are 'default' and 'llama3'")
+            raise UserError(
+                f"{self.where} says rope_type {kind!r}, which is not computed here; read are 'default' and 'llama3'"
+            )
         return {
             "rope_theta": float(flat.get("rope_theta", default=10_000.0)),
-            "rope_fraction": flat.get("partial_rotary_factor", "rope_percent", "rope_percentage", default=usual_fraction),
+            "rope_fraction": flat.get(
+                "partial_rotary_factor", "rope_percent", "rope_percentage", default=usual_fraction
+            ),
             "rope_scaling": flat._scaling() if kind == "llama3" else None,
         }
 

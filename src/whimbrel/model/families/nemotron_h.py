@@ -74,13 +74,19 @@ def _pattern(fields: Fields) -> str:
     words = fields.get("layers_block_type", "layer_types", default=())
     for word in words:
         if word not in LETTERS:
-            raise UserError(f"{fields.where} has a layer of type {word!r} in layers_block_type; {nearest(str(word), LETTERS)}")
+            raise UserError(
+                f"{fields.where} has a layer of type {word!r} in layers_block_type; {nearest(str(word), LETTERS)}"
+            )
     listed = "".join(LETTERS[word] for word in words)
     pattern = fields.get("hybrid_override_pattern", default=listed or None)
     if pattern is None:
-        raise UserError(f"{fields.where} has no hybrid_override_pattern and no layers_block_type; add one letter a layer, like M-M*-")
+        raise UserError(
+            f"{fields.where} has no hybrid_override_pattern and no layers_block_type; add one letter a layer, like M-M*-"
+        )
     if listed and listed != pattern:
-        raise UserError(f"{fields.where}: hybrid_override_pattern {pattern!r} and layers_block_type ({listed}) differ; remove one")
+        raise UserError(
+            f"{fields.where}: hybrid_override_pattern {pattern!r} and layers_block_type ({listed}) differ; remove one"
+        )
     if "E" in pattern:
         raise UserError(
             f"{fields.where} has mixture-of-experts layers (E at layer {pattern.index('E')}), which are not computed here; "
@@ -88,7 +94,9 @@ def _pattern(fields: Fields) -> str:
         )
     layers = fields.get("num_hidden_layers", default=len(pattern))
     if layers != len(pattern):
-        raise UserError(f"{fields.where} says num_hidden_layers {layers}, but its pattern has {len(pattern)}; set it to {len(pattern)}")
+        raise UserError(
+            f"{fields.where} says num_hidden_layers {layers}, but its pattern has {len(pattern)}; set it to {len(pattern)}"
+        )
     return str(pattern)
 
 

@@ -28,5 +28,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
     kinds = raw.get("layer_types") or ["full_attention"] * min(blocks, raw.get("max_window_layers", 28))
     slides = raw.get("use_sliding_window") and raw.get("sliding_window") and len(kinds) < blocks
     if slides or set(kinds) - {"full_attention"}:
-        raise UserError(f"{where} uses sliding_window {raw.get('sliding_window')}, which is not computed here; read are full layers")
+        raise UserError(
+            f"{where} uses sliding_window {raw.get('sliding_window')}, which is not computed here; read are full layers"
+        )
     return config

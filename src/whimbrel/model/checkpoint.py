@@ -1,0 +1,238 @@
+"""Checkpoints: Hugging Face folders of four families (and GGUF files of Llama's) in, Hugging Face folders out.
+
+Loading builds the model without memory, checks every name, shape and kind of number before it reads one weight, then reads
+tensor by tensor straight to dtype and device: the peak is the model and one tensor. Nothing is re-initialised in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from whimbrel.errors import UserError, nearest
+from whimbrel.files import atomic_folder
+from whimbrel.model import families, fetch, gguf, tensors
+from whimbrel.model.card import card
+from whimbrel.model.config import ModelConfig
+from whimbrel.model.language import LanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+INERT = re.compile(r"rotary_emb\.inv_freq$")  # a table that old Llama files carry; it follows from the config
+
+
+class Source(Protocol):
+    """Where tensors come from: a folder of safetensors or a GGUF file."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+
+
+def resolve(source: str | Path) -> Path:
+    """The folder or `.gguf` file that a user means: a path, the name of a fetched model, or a hub id (downloaded if need be)."""
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        why = (
+            "a pickle can run code and is never read"
+            if path.suffix in tensors.PICKLES
+            else "a model is a folder or a .gguf file"
+        )
+        raise UserError(f"{path} is no model: {why}; give the folder that holds config.json and model.safetensors")
+    if str(source) in fetch.WHEELS:
+        return fetch.fetched(str(source))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.exists():
+        return _from_hub(str(source))
+    raise UserError(f"there is no folder or .gguf file {path}; fetched models: {nearest(str(source), fetch.WHEELS)}")
+
+
+def _from_hub(repository: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"there is no folder {repository}, and the hub did not give a model of that name ({reason})"
+        ) from error
+
+
+def load_config(source: str | Path) -> ModelConfig:
+    """The config of a model that is not loaded. Token ids that end a text come from generation_config.json where it is there."""
+    path = resolve(source)
+    file = path / "config.json"
+    if path.is_file() or (not file.exists() and list(path.glob("*.gguf"))):
+        return gguf.GGUF(_gguf_in(path)).config
+    config = families.config_from_hf(_json(file), str(file))
+    generation = _json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
+    eos = generation.get("eos_token_id", config.eos_token_id)
+    return replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
+
+
+def _gguf_in(path: Path) -> Path:
+    """The path itself, or the only `.gguf` file of a folder."""
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise UserError(f"{path} holds several .gguf files; give the path of one, such as {found[0]}")
+    return found[0]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}); copy the file again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is not a JSON object; copy the file again")
+    return value
+
+
+def load(
+    source: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+) -> LanguageModel:
+    """The model of a folder, file, fetched name or hub id, in `dtype` (Mamba's A_log, D and dt_bias: float32) on `device`."""
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if kind is None:
+        raise UserError(f"dtype is {dtype!r}; {nearest(str(dtype), DTYPES)} (set dtype to one of {', '.join(DTYPES)})")
+    path = resolve(source)
+    config = load_config(path)
+    weights: Source
+    if path.is_file() or (list(path.glob("*.gguf")) and not list(path.glob("*.safetensors"))):
+        weights = gguf.GGUF(_gguf_in(path))
+        names = gguf.names(config)
+    else:
+        weights = tensors.SafeTensors(path)
+        names = families.names(config)
+    table = _table(names, weights, path)
+    model = LanguageModel(config, device="meta", dtype=kind)
+    fill(model, weights, table, torch.device(device), path)
+    return model
+
+
+def _table(names: Mapping[str, str], source: Source, where: Path) -> dict[str, str]:
+    """Our name -> the name that this very file uses. Names on disk that differ in prefix or spelling only are the same."""
+    there: dict[str, str] = {}
+    for name in source.shapes:
+        if INERT.search(name):
+            continue
+        if (other := there.setdefault(families.plain(name), name)) != name:
+            raise UserError(f"{where} holds both {other} and {name}, which are the same tensor; remove one")
+    table = {ours: there.pop(families.plain(theirs), "") for ours, theirs in names.items()}
+    missing = [names[ours] for ours, theirs in table.items() if not theirs]
+    if missing:
+        raise UserError(f"{where} lacks {_few(missing)}, which its config asks for; copy the whole folder of the model")
+    if "head.weight" not in names:
+        _same(source, there.pop("lm_head.weight", None), table["embeddings.weight"], where)
+    if there:
+        raise UserError(
+            f"{where} holds {_few(list(there.values()))}, which its config does not know; load it with its own config.json"
+        )
+    return table
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ("tensor " if len(names) == 1 else f"{len(names)} tensors: ") + ", ".join(names[:3]) + more
+
+
+def _same(source: Source, head: str | None, embeddings: str, where: Path) -> None:
+    """A head beside a tied embedding is a copy of it, or the config is wrong."""
+    if head is not None and not torch.equal(source.read(head), source.read(embeddings)):
+        raise UserError(
+            f"{where}: {head} differs from {embeddings}, but tie_word_embeddings is true; set it to false in config.json"
+        )
+
+
+def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device: torch.device, where: Path) -> None:
+    """Give every parameter of a model on the meta device its tensor. Shapes are checked before the first one is read."""
+    wanted = dict(model.named_parameters())
+    assert set(wanted) == set(table), f"the name map and the model differ: {set(wanted) ^ set(table)}"
+    for ours, theirs in table.items():
+        shape, found = families.disk_shape(theirs, wanted[ours].shape), source.shapes[theirs]
+        if shape != found:
+            raise UserError(
+                f"{where}: tensor {theirs} is {list(found)}, but config.json asks for {list(shape)}; use its own config"
+            )
+    for ours, theirs in table.items():
+        old = wanted[ours]
+        tensor = source.read(theirs).reshape(old.shape).to(device=device, dtype=old.dtype, copy=True)
+        owner, _, leaf = ours.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    model.touch()
+
+
+def save(
+    model: LanguageModel,
+    folder: str | Path,
+    tokenizer_folder: str | Path | None = None,
+    *,
+    lineage: Sequence[str] = (),
+    licence: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a Hugging Face folder of the model's family, whole or not at all, in the dtypes the parameters have.
+
+    lineage: one line for each model and data set it was made from, with its licence; licence: an SPDX name. Both go into
+    the model card. A folder that is there is replaced if it holds a model, and refused if it holds anything else.
+    """
+    folder = Path(folder)
+    said = families.config_to_hf(model.config)
+    names = families.names(model.config)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} holds files that are not a model; save into a new folder, such as {folder / 'model'}"
+        )
+    tokenizer = _tokenizer_files(Path(tokenizer_folder)) if tokenizer_folder is not None else []
+    dtype = str(model.dtype).removeprefix("torch.")
+    parameters = {names[ours]: parameter.detach() for ours, parameter in model.named_parameters()}
+    shaped = {name: tensor.reshape(families.disk_shape(name, tensor.shape)) for name, tensor in parameters.items()}
+    with atomic_folder(folder) as beside:
+        tensors.write(shaped, beside, shard_bytes)
+        _write_json(beside / "config.json", {**said, "torch_dtype": dtype})
+        ids = {name: said[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if said[name] is not None}
+        _write_json(beside / "generation_config.json", ids)
+        total = sum(tensor.numel() for tensor in parameters.values())
+        text = card(folder.name, model.config, total, dtype, lineage, licence)
+        (beside / "README.md").write_text(text, encoding="utf-8")
+        for file in tokenizer:
+            shutil.copyfile(file, beside / file.name)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json; set tokenizer_folder to the folder of a tokenizer")
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def probe(model: LanguageModel, tokens: int = 16, logits: int = 16) -> list[float]:
+    """Logits that tell one set of weights from another: the first few after a fixed row of tokens, for a stage's manifest."""
+    row = (torch.arange(tokens, device=model.device) * 7919 + 17) % model.config.vocab_size
+    return model(row[None])[0, -1, :logits].double().tolist()
