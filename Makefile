@@ -1,0 +1,30 @@
+# make setup   .venv with whimbrel in it (Python 3.11 or newer; an installed torch that fits is kept)
+# make demo    real pages -> tokenizer -> a small pretrained hybrid -> a talk with a real pretrained model
+# make test    linters, types, tests
+# make lint    linters and types alone
+#
+# Every target sets .venv up by itself and reuses it; PYTHON=/path/to/python3.12 names another Python.
+
+SETUP := PYTHON="$(PYTHON)" sh scripts/setup.sh
+WHIMBREL := .venv/bin/python -m whimbrel
+# One thread a test process: two processes share two cores, and a thread that waits for a taken core costs more than it brings.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup demo test lint
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup:
+	@$(SETUP) data,gguf,logs
+
+demo: setup
+	@sh scripts/demo.sh
+
+lint:
+	@$(SETUP) dev
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+test: lint
+	$(ONE_THREAD) .venv/bin/python -m pytest -n 2 -m "not slow" </dev/null
