@@ -1,7 +1,7 @@
 """Grouped-query attention with no, partial or full rotary positions and optional norms on q and k.
 
-T tokens, S sequences, H heads, K key/value heads, E head width, R half of the rotating channels,
-U keys of all sequences, history included.
+T tokens, S sequences, H heads, K key/value heads, E head width, R half of the rotating channels, U keys of all
+sequences, history included.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Attention(nn.Module):
             self.k_norm_weight = nn.Parameter(torch.ones(config.head_dim, device=device, dtype=dtype))
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
-        """[T, D] -> [T, D]. With a state, keys and values are written to the blocks of each sequence and history is read there."""
+        """[T, D] -> [T, D]. With a state, keys and values are written to the blocks of each sequence and history is
+        read there.
+        """
         q_THE, k_TKE, v_TKE = self._project(x_TD, layout)
         if state is None:
             y_THE = ops.attention(q_THE, k_TKE, v_TKE, layout.segments, layout.segments)

@@ -1,8 +1,8 @@
 """What a network is, as one frozen value. Everything else (counts, memory, the module itself) follows from it.
 
-The pattern is one letter a layer: `M` Mamba-2, `*` attention, `-` feed-forward. One layer is `x + mixer(norm(x))`.
-A classic transformer block is two layers, `*-`. Names are Hugging Face's wherever it has one.
-Shapes: Nemotron-H (arXiv 2504.03624) and Nemotron Nano 2 (arXiv 2508.14444), Nemotron-4 (arXiv 2402.16819, 2406.11704).
+The pattern is one letter a layer: `M` Mamba-2, `*` attention, `-` feed-forward. One layer is `x + mixer(norm(x))`. A
+classic transformer block is two layers, `*-`. Names are Hugging Face's wherever it has one. Shapes: Nemotron-H (arXiv
+2504.03624) and Nemotron Nano 2 (arXiv 2508.14444), Nemotron-4 (arXiv 2402.16819, 2406.11704).
 """
 
 from __future__ import annotations
@@ -99,9 +99,13 @@ class ModelConfig:
         for name in needed:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} is {value!r}, but this pattern needs it; set {name} to a whole number of 1 or more")
+                raise UserError(
+                    f"{name} is {value!r}, but this pattern needs it; set {name} to a whole number of 1 or more"
+                )
         if ATTENTION in self.pattern:
-            _check_divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+            _check_divides(
+                "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+            )
             self._check_rotary()
         if MAMBA in self.pattern:
             _check_divides("mamba_num_heads", self.mamba_num_heads, "n_groups", self.n_groups)
@@ -170,10 +174,14 @@ def _check_pattern(pattern: str) -> None:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{name} is {value!r}; {nearest(str(value), choices)} (set {name} to one of {', '.join(choices)})")
+        raise UserError(
+            f"{name} is {value!r}; {nearest(str(value), choices)} (set {name} to one of {', '.join(choices)})"
+        )
 
 
 def _check_divides(name: str, value: int, by_name: str, by: int) -> None:
     if value % by:
         works = max(by, round(value / by) * by)
-        raise UserError(f"{name} {value} is not divisible by {by_name} {by}; set {name} to {works}, or {by_name} to a divisor")
+        raise UserError(
+            f"{name} {value} is not divisible by {by_name} {by}; set {name} to {works}, or {by_name} to a divisor"
+        )

@@ -1,7 +1,7 @@
 """The network: embedding, a stack of layers spelled by the pattern, final norm, head. One class for every family.
 
-The forward is flat: T tokens of any number of sequences, cut by a layout, in training, prefill and decoding alike.
-T tokens, B batch, L length, D model width, V vocabulary.
+The forward is flat: T tokens of any number of sequences, cut by a layout, in training, prefill and decoding alike. T
+tokens, B batch, L length, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from whimbrel.model.mlp import MLP
 from whimbrel.model.norm import make_norm
 from whimbrel.model.state import State
 
-_MIXERS: dict[str, type[Mamba2] | type[Attention] | type[MLP]] = {MAMBA: Mamba2, ATTENTION: Attention, FEED_FORWARD: MLP}
+_MIXERS: dict[str, type[Mamba2] | type[Attention] | type[MLP]] = {
+    MAMBA: Mamba2,
+    ATTENTION: Attention,
+    FEED_FORWARD: MLP,
+}
 
 
 class Layer(nn.Module):
@@ -74,7 +78,8 @@ class LanguageModel(nn.Module):
         self.head = Head(config, self.embeddings)
 
     def forward(self, tokens: Tensor, layout: Layout | None = None, state: State | None = None) -> Tensor:
-        """tokens_T and a layout -> hidden_TD after the final norm, of `layout.rows` if given. tokens_BL alone -> logits_BLV.
+        """tokens_T and a layout -> hidden_TD after the final norm, of `layout.rows` if given. tokens_BL alone ->
+        logits_BLV.
 
         With a state, the sequences continue from it and it is advanced in place (no gradient flows through a state).
         """
@@ -105,7 +110,8 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> LanguageModel:
-        """Random weights: N(0, initializer_range), the last projection of each layer divided by sqrt(layers); Mamba as in arXiv 2405.21060.
+        """Random weights: N(0, initializer_range), the last projection of each layer divided by sqrt(layers); Mamba as
+        in arXiv 2405.21060.
 
         A ~ U(1, 16); step sizes log-uniform in [time_step_min, time_step_max], at least time_step_floor; D = 1.
         """
@@ -113,7 +119,11 @@ class LanguageModel(nn.Module):
         config = self.config
         scale = 1 / math.sqrt(config.layers) if config.rescale_prenorm_residual else 1.0
         for name, parameter in self.named_parameters():
-            leaf = name.rpartition(".")[0].rpartition(".")[2] if name.endswith((".weight", ".bias")) else name.rpartition(".")[2]
+            leaf = (
+                name.rpartition(".")[0].rpartition(".")[2]
+                if name.endswith((".weight", ".bias"))
+                else name.rpartition(".")[2]
+            )
             if leaf in ("norm", "norm_f", "norm_weight", "q_norm_weight", "k_norm_weight"):
                 one = config.norm == "rmsnorm" or leaf.endswith("_weight")
                 parameter.fill_(1.0 if one and not name.endswith("bias") else 0.0)
@@ -129,7 +139,9 @@ class LanguageModel(nn.Module):
         return self
 
     @classmethod
-    def load(cls, source: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> LanguageModel:
+    def load(
+        cls, source: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+    ) -> LanguageModel:
         """Read a Hugging Face folder, a .gguf file, a fetched model's name or a hub id. See `model/checkpoint.py`."""
         from whimbrel.model import checkpoint
 

@@ -21,9 +21,10 @@ from whimbrel.ops.segments import Segments
 class Layout:
     """S sequences laid end to end in T tokens, in training, in prefill and in decoding alike.
 
-    In training each document is a sequence of its own, so documents never see each other. With a state, `past` says how many
-    tokens of a sequence the state already holds, `slots` where its recurrent state lies and `block_table` where its keys and
-    values lie. The first `decodes` sequences bring one token each and continue a state: they take the single-step path.
+    In training each document is a sequence of its own, so documents never see each other. With a state, `past` says
+    how many tokens of a sequence the state already holds, `slots` where its recurrent state lies and `block_table`
+    where its keys and values lie. The first `decodes` sequences bring one token each and continue a state: they take
+    the single-step path.
     """
 
     segments: Segments
@@ -57,7 +58,8 @@ class Layout:
         rows: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Layout:
-        """Build a layout from whole numbers. Sequences of one token with a past must come first to take the fast path."""
+        """Build a layout from whole numbers. Sequences of one token with a past must come first to take the fast path.
+        """
         segments = Segments.of(lengths, device=device)
         past = tuple(past) if past is not None else (0,) * len(segments.lengths)
         assert len(past) == len(segments.lengths), "one past for each sequence"
@@ -84,7 +86,9 @@ class Layout:
         return self._derived["places"]
 
     def history(self, block_size: int) -> tuple[Segments, Tensor]:
-        """All keys (past and present) of the sequences that do not decode: their cut, and their places in the flattened blocks."""
+        """All keys (past and present) of the sequences that do not decode: their cut, and their places in the
+        flattened blocks.
+        """
         if "history" not in self._derived:
             assert self.block_table is not None
             past, lengths = self.past[self.decodes :], self.lengths[self.decodes :]

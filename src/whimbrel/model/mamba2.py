@@ -1,7 +1,9 @@
-"""Mamba-2 with grouped B and C and a gated norm inside each group (arXiv 2405.21060; Nemotron-H, arXiv 2504.03624, section 2.1).
+"""Mamba-2 with grouped B and C and a gated norm inside each group (arXiv 2405.21060; Nemotron-H, arXiv 2504.03624,
+section 2.1).
 
-in_proj -> [z | x | B | C | dt]; convolution and SiLU over x, B, C; scan; RMSNorm(y * silu(z)) by group; out_proj.
-T tokens, S sequences, H heads, P head width, N state size, G groups, I = HP + 2GN channels of the convolution, W its width.
+in_proj -> [z | x | B | C | dt]; convolution and SiLU over x, B, C; scan; RMSNorm(y * silu(z)) by group; out_proj. T
+tokens, S sequences, H heads, P head width, N state size, G groups, I = HP + 2GN channels of the convolution, W its
+width.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class Mamba2(nn.Module):
         self.config = config
         heads, inner = config.mamba_num_heads, config.mamba_inner
         self.in_proj = nn.Linear(config.hidden_size, config.in_proj_width, config.mamba_bias, device, dtype)
-        self.conv_weight = nn.Parameter(torch.empty(config.conv_channels, config.conv_kernel, device=device, dtype=dtype))
+        self.conv_weight = nn.Parameter(
+            torch.empty(config.conv_channels, config.conv_kernel, device=device, dtype=dtype)
+        )
         self.conv_bias = (
             nn.Parameter(torch.zeros(config.conv_channels, device=device, dtype=dtype)) if config.conv_bias else None
         )
@@ -34,7 +38,9 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, config.mamba_bias, device, dtype)
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
-        """[T, D] -> [T, D]. With a state, each sequence continues from its slot (from zero if it has no past) and leaves its state there."""
+        """[T, D] -> [T, D]. With a state, each sequence continues from its slot (from zero if it has no past) and
+        leaves its state there.
+        """
         config = self.config
         z_TD, xbc_TI, dt_TH = self.in_proj(x_TD).split(
             [config.mamba_inner, config.conv_channels, config.mamba_num_heads], dim=-1

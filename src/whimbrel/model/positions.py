@@ -11,7 +11,9 @@ from whimbrel.model.config import ModelConfig
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """[R] angle per position of each pair of channels, float64: theta^(-i/R), R half of the rotating channels of a head."""
+    """[R] angle per position of each pair of channels, float64: theta^(-i/R), R half of the rotating channels of a
+    head.
+    """
     assert config.rope_theta is not None
     half = config.rotary_width // 2
     inverse_R = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
@@ -21,7 +23,9 @@ def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     original = scaling.original_max_position_embeddings
     wave_R = 2 * math.pi / inverse_R
     blend_R = (original / wave_R - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend_R = blend_R.clamp(0, 1)  # 0: waves longer than original/low_freq_factor, 1: shorter than original/high_freq_factor
+    blend_R = blend_R.clamp(
+        0, 1
+    )  # 0: waves longer than original/low_freq_factor, 1: shorter than original/high_freq_factor
     return (1 - blend_R) * inverse_R / scaling.factor + blend_R * inverse_R
 
 

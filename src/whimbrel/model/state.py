@@ -1,7 +1,8 @@
-"""What a sequence carries from token to token: keys and values for attention, convolution tail and SSM state for Mamba-2.
+"""What a sequence carries from token to token: keys and values for attention, convolution tail and SSM state for
+Mamba-2.
 
-This file owns shapes and views; `engine/pool.py` owns who uses which slot and which block.
-S slots, I channels of the convolution, W its width, H heads, P head width, N state size, K key/value heads, E head width.
+This file owns shapes and views; `engine/pool.py` owns who uses which slot and which block. S slots, I channels of the
+convolution, W its width, H heads, P head width, N state size, K key/value heads, E head width.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Arithmetic, and nothing else: tensors in, tensors out, no knowledge of models.
 
-Every operation has a truth (`ops/reference`, obvious, in float64) and one or more fast forms that are tested against it
-(`ops/torch`, the default on every device). Callers use the names here; which form runs is decided below, in one place.
+Every operation has a truth (`ops/reference`, obvious, in float64) and one or more fast forms that are tested against
+it (`ops/torch`, the default on every device). Callers use the names here; which form runs is decided below, in one
+place.
 
-Letters of shapes: T packed tokens, S sequences or slots, D model width, V vocabulary, H heads, P head width of Mamba, N state size,
-G groups, I channels of the convolution, W its width, K key/value heads, E head width of attention.
+Letters of shapes: T packed tokens, S sequences or slots, D model width, V vocabulary, H heads, P head width of Mamba,
+N state size, G groups, I channels of the convolution, W its width, K key/value heads, E head width of attention.
 """
 
 from __future__ import annotations

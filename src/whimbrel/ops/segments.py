@@ -12,7 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Sequences laid end to end. The numbers live on the host, so that no operation waits for a device to know a shape."""
+    """Sequences laid end to end. The numbers live on the host, so that no operation waits for a device to know a
+    shape.
+    """
 
     lengths: tuple[int, ...]
     """Tokens of each sequence; a sequence may be empty."""

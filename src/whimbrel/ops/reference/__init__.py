@@ -1,8 +1,8 @@
 """The truth: every operation written the obvious way, token by token, in the dtype it is given (tests use float64).
 
-Nothing here is fast and nothing here is clever. The other implementations are tested against it.
-T tokens, S sequences, H heads, P head width, N state size, G groups, I channels of the convolution, W its width,
-K key/value heads, E attention head width, D model width, V vocabulary.
+Nothing here is fast and nothing here is clever. The other implementations are tested against it. T tokens, S
+sequences, H heads, P head width, N state size, G groups, I channels of the convolution, W its width, K key/value
+heads, E attention head width, D model width, V vocabulary.
 """
 
 from whimbrel.ops.reference.attention import attention, paged_attention, rotary

@@ -13,7 +13,8 @@ from whimbrel.ops.segments import Segments
 def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, keys: Segments) -> Tensor:
     """Causal attention inside each sequence: y_THE. Scale E^-0.5.
 
-    `keys` cuts U keys and values into the same sequences; where a sequence has more keys than queries, the queries are its last tokens.
+    `keys` cuts U keys and values into the same sequences; where a sequence has more keys than queries, the queries are
+    its last tokens.
     """
     shared = q_THE.shape[1] // k_UKE.shape[1]
     y_THE = torch.zeros_like(q_THE)
@@ -38,7 +39,7 @@ def paged_attention(q_SHE: Tensor, k_blocks: Tensor, v_blocks: Tensor, table: Te
 
 
 def rotary(x_THE: Tensor, angles_TR: Tensor) -> Tensor:
-    """Turn the pairs (i, i + R) of the first 2R channels of each head by their angle (rotate-half; arXiv 2104.09864)."""
+    """Turn pairs (i, i + R) of the first 2R channels of each head by their angle (rotate-half, arXiv 2104.09864)."""
     turned = x_THE.clone()
     half = angles_TR.shape[1]
     for t in range(x_THE.shape[0]):

@@ -41,7 +41,9 @@ def ssd(
     initial_SHPN: Tensor | None = None,
     keep: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan: y_THP, the state after each sequence [S, H, P, N], and the states after the tokens `keep` [len(keep), H, P, N]."""
+    """The scan: y_THP, the state after each sequence [S, H, P, N], and the states after the tokens `keep` [len(keep),
+    H, P, N].
+    """
     heads, width, size = *x_THP.shape[1:], b_TGN.shape[2]
     outputs, finals, kept = [], [], {}
     for s, (start, end) in enumerate(zip(segments.offsets, segments.offsets[1:], strict=False)):
@@ -74,7 +76,8 @@ def ssd_step(
 def conv(
     x_TI: Tensor, weight_IW: Tensor, bias_I: Tensor | None, segments: Segments, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Causal depth-wise convolution and SiLU: y_TI, and the last W-1 inputs of each sequence tail_SI(W-1), oldest first.
+    """Causal depth-wise convolution and SiLU: y_TI, and the last W-1 inputs of each sequence tail_SI(W-1), oldest
+    first.
 
     `initial` [S, I, W-1]: the inputs before the first one; zeros if None.
     """
@@ -84,7 +87,7 @@ def conv(
         window = [x_TI.new_zeros(channels) if initial is None else initial[s, :, i] for i in range(width - 1)]
         for t in range(start, end):
             window.append(x_TI[t])
-            total = sum(weight_IW[:, i] * window[i - width] for i in range(width))
+            total = (weight_IW * torch.stack(window[-width:], dim=-1)).sum(-1)
             outputs.append(F.silu(total if bias_I is None else total + bias_I))
         tail = window[len(window) - (width - 1) :]
         tails.append(torch.stack(tail, dim=-1) if tail else x_TI.new_zeros(channels, 0))

@@ -1,4 +1,6 @@
-"""Grouped-query attention over packed sequences through torch's fused kernel. T queries, U keys, S sequences, H heads, K key/value heads, E width."""
+"""Grouped-query attention over packed sequences through torch's fused kernel. T queries, U keys, S sequences, H heads,
+K key/value heads, E width.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from whimbrel.ops.segments import Segments
 def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, keys: Segments) -> Tensor:
     """Causal attention inside each sequence: y_THE. Scale E^-0.5.
 
-    `keys` cuts U keys and values into the same sequences; where a sequence has more keys than queries, the queries are its last tokens.
-    Many short sequences without history share one call: filled up at the end to one length, which causal order makes invisible.
+    `keys` cuts U keys and values into the same sequences; where a sequence has more keys than queries, the queries are
+    its last tokens. Many short sequences without history share one call: filled up at the end to one length, which
+    causal order makes invisible.
     """
     if queries.lengths == keys.lengths and queries.count > 4:
         return _together(q_THE, k_UKE, v_UKE, queries)
@@ -64,7 +67,9 @@ def _together(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -
 
 
 def paged_attention(q_SHE: Tensor, k_blocks: Tensor, v_blocks: Tensor, table: Tensor, lengths: Sequence[int]) -> Tensor:
-    """One query of each sequence over the first `lengths[s]` keys of its blocks [blocks, block size, K, E]: y_SHE. No gradient."""
+    """One query of each sequence over the first `lengths[s]` keys of its blocks [blocks, block size, K, E]: y_SHE. No
+    gradient.
+    """
     block_size, kv_heads, width = k_blocks.shape[1:]
     y_SHE = torch.empty_like(q_SHE)
     scaled = (q_SHE * width**-0.5).unflatten(1, (kv_heads, -1))
@@ -85,7 +90,7 @@ def _history(pool: Tensor, blocks: Tensor, length: int) -> Tensor:
 
 
 def rotary(x_THE: Tensor, angles_TR: Tensor) -> Tensor:
-    """Turn the pairs (i, i + R) of the first 2R channels of each head by their angle (rotate-half; arXiv 2104.09864)."""
+    """Turn pairs (i, i + R) of the first 2R channels of each head by their angle (rotate-half, arXiv 2104.09864)."""
     half = angles_TR.shape[1]
     dtype = torch.promote_types(x_THE.dtype, torch.float32)
     cos, sin = angles_TR.cos()[:, None].to(dtype), angles_TR.sin()[:, None].to(dtype)

@@ -1,7 +1,9 @@
-"""Causal depth-wise convolution with SiLU, as W shifted multiply-adds (torch's own depth-wise conv1d is several times slower on a CPU).
+"""Causal depth-wise convolution with SiLU, as W shifted multiply-adds (torch's own depth-wise conv1d is several times
+slower on a CPU).
 
-T tokens, S sequences, I channels, W width. Before each sequence W-1 rows are inserted, its history; then the convolution
-runs over all rows at once and the rows that belong to tokens are taken out. The history isolates the sequences.
+T tokens, S sequences, I channels, W width. Before each sequence W-1 rows are inserted, its history; then the
+convolution runs over all rows at once and the rows that belong to tokens are taken out. The history isolates the
+sequences.
 """
 
 from __future__ import annotations
@@ -75,12 +77,17 @@ class _Conv(torch.autograd.Function):
 def conv(
     x_TI: Tensor, weight_IW: Tensor, bias_I: Tensor | None, segments: Segments, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Causal depth-wise convolution and SiLU: y_TI, and the last W-1 inputs of each sequence tail_SI(W-1), oldest first.
+    """Causal depth-wise convolution and SiLU: y_TI, and the last W-1 inputs of each sequence tail_SI(W-1), oldest
+    first.
 
     `initial` [S, I, W-1]: the inputs before the first one; zeros if None.
     """
     channels, width = weight_IW.shape
-    history = x_TI.new_zeros(segments.count, width - 1, channels) if initial is None else initial.to(x_TI.dtype).transpose(1, 2)
+    history = (
+        x_TI.new_zeros(segments.count, width - 1, channels)
+        if initial is None
+        else initial.to(x_TI.dtype).transpose(1, 2)
+    )
     if not segments.tokens:
         return torch.zeros_like(x_TI), history.transpose(1, 2)
     rows = _rows(segments.lengths, width - 1, x_TI.device)

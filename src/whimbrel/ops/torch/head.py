@@ -1,7 +1,7 @@
 """Losses over the vocabulary in chunks of rows, so that the logits of a whole batch never exist at once.
 
-The backward pass computes the logits of a chunk again instead of keeping them: one matrix product more, memory T*D instead of T*V.
-T rows, D model width, V vocabulary.
+The backward pass computes the logits of a chunk again instead of keeping them: one matrix product more, memory T*D
+instead of T*V. T rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def log_prob(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int
 
 class _KL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, teacher_TD: Tensor, teacher_VD: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, teacher_TD: Tensor, teacher_VD: Tensor, chunk: int
+    ) -> Tensor:
         parts = []
         for hidden, teacher in zip(hidden_TD.split(chunk), teacher_TD.split(chunk), strict=True):
             student_log = _logits(hidden, weight_VD).log_softmax(-1)
@@ -84,12 +86,18 @@ class _KL(torch.autograd.Function):
         for at in range(0, hidden_TD.shape[0], ctx.chunk):
             rows = slice(at, at + ctx.chunk)
             dlogits = _logits(hidden_TD[rows], weight_VD).softmax(-1)
-            dlogits = dlogits.sub_(_logits(teacher_TD[rows], teacher_VD).softmax(-1)).mul_(up_T[rows, None]).to(hidden_TD.dtype)
+            dlogits = (
+                dlogits.sub_(_logits(teacher_TD[rows], teacher_VD).softmax(-1))
+                .mul_(up_T[rows, None])
+                .to(hidden_TD.dtype)
+            )
             dhidden_TD[rows] = dlogits @ weight_VD
             dweight_VD += dlogits.t() @ hidden_TD[rows]
         return dhidden_TD, dweight_VD.to(weight_VD.dtype), None, None, None
 
 
 def kl(hidden_TD: Tensor, weight_VD: Tensor, teacher_TD: Tensor, teacher_VD: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Forward KL(teacher || student) of each row [T]; no gradient flows into the teacher (arXiv 2407.14679, section 2.4)."""
+    """Forward KL(teacher || student) of each row [T]; no gradient flows into the teacher (arXiv 2407.14679, section
+    2.4).
+    """
     return _KL.apply(hidden_TD, weight_VD, teacher_TD.detach(), teacher_VD.detach(), chunk)

@@ -1,14 +1,15 @@
-"""The scan of Mamba-2 in chunks: matrix products inside a chunk, a short recurrence between chunks (arXiv 2405.21060, section 6).
+"""The scan of Mamba-2 in chunks: matrix products inside a chunk, a short recurrence between chunks (arXiv 2405.21060,
+section 6).
 
 With cs the running sum of dt*a inside a chunk and u = dt*x, for tokens i >= j of one chunk:
 
     y_i = sum_j exp(cs_i - cs_j) (C_i . B_j) u_j  +  exp(cs_i) S_before C_i  +  D x_i
     S_after = exp(cs_last) S_before + sum_j exp(cs_last - cs_j) u_j B_j^T
 
-Chunks never straddle two sequences (nor a token whose state is asked for), so isolation needs no masks: the last chunk of a
-sequence is filled up with tokens of step size 0, which change nothing. C B^T is computed once a group, not once a head.
-All exponents are of non-positive numbers, so nothing overflows. The backward pass is written out: it keeps the inputs and one
-state a chunk, and recomputes what is quadratic in the chunk, so memory is linear in the length.
+Chunks never straddle two sequences (nor a token whose state is asked for), so isolation needs no masks: the last chunk
+of a sequence is filled up with tokens of step size 0, which change nothing. C B^T is computed once a group, not once a
+head. All exponents are of non-positive numbers, so nothing overflows. The backward pass is written out: it keeps the
+inputs and one state a chunk, and recomputes what is quadratic in the chunk, so memory is linear in the length.
 
 n chunks, C tokens of a chunk, h heads of a group; the other letters as in `ops`.
 """
@@ -71,7 +72,12 @@ def _grid(lengths: tuple[int, ...], keep: tuple[int, ...], chunk: int, device: t
     place_T[token_nC.flatten()] = torch.arange(token_nC.numel())
     opens = tuple(s != before for s, before in zip(sequence, [-1, *sequence], strict=False))
     return _Grid(
-        token_nC.to(device), place_T[:total].to(device), tuple(sequence), opens, tuple(last), tuple(ends[k] for k in keep)
+        token_nC.to(device),
+        place_T[:total].to(device),
+        tuple(sequence),
+        opens,
+        tuple(last),
+        tuple(ends[k] for k in keep),
     )
 
 
@@ -79,7 +85,9 @@ def _to_chunks(x: Tensor, grid: _Grid) -> Tensor:
     """[T, ...] -> [n, C, ...] with zeros where a chunk is not full."""
     if grid.token_nC.numel() == x.shape[0]:
         return x.reshape(*grid.token_nC.shape, *x.shape[1:])
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[grid.token_nC.flatten()].reshape(*grid.token_nC.shape, *x.shape[1:])
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[grid.token_nC.flatten()].reshape(
+        *grid.token_nC.shape, *x.shape[1:]
+    )
 
 
 def _to_row(x_nC: Tensor, grid: _Grid) -> Tensor:
@@ -91,7 +99,9 @@ def _to_row(x_nC: Tensor, grid: _Grid) -> Tensor:
 def _by_head(x_nCHP: Tensor, groups: int) -> Tensor:
     """[n, C, H, P] -> [nG, h, C, P]."""
     n, size, heads, width = x_nCHP.shape
-    return x_nCHP.view(n, size, groups, heads // groups, width).permute(0, 2, 3, 1, 4).reshape(n * groups, -1, size, width)
+    return (
+        x_nCHP.view(n, size, groups, heads // groups, width).permute(0, 2, 3, 1, 4).reshape(n * groups, -1, size, width)
+    )
 
 
 def _from_head(x: Tensor, n: int) -> Tensor:
@@ -119,7 +129,13 @@ class _Chunks:
         x, dt = _to_chunks(x_THP, grid), _to_chunks(dt_TH, grid)
         n, size, heads = dt.shape
         b, c = (_to_chunks(v, grid).transpose(1, 2).reshape(n * groups, size, -1) for v in (b_TGN, c_TGN))
-        cs = (dt * a_H).cumsum(1).view(n, size, groups, heads // groups).permute(0, 2, 3, 1).reshape(n * groups, -1, size)
+        cs = (
+            (dt * a_H)
+            .cumsum(1)
+            .view(n, size, groups, heads // groups)
+            .permute(0, 2, 3, 1)
+            .reshape(n * groups, -1, size)
+        )
         u = _by_head(x * dt[..., None], groups)
         return cls(u, b, c, dt, x, cs, cs.exp(), (cs[..., -1:] - cs).exp())
 
@@ -138,7 +154,15 @@ class _Chunks:
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_THP: Tensor, dt_TH: Tensor, a_H: Tensor, b_TGN: Tensor, c_TGN: Tensor, d_H: Tensor, initial: Tensor, grid: _Grid
+        ctx: Any,
+        x_THP: Tensor,
+        dt_TH: Tensor,
+        a_H: Tensor,
+        b_TGN: Tensor,
+        c_TGN: Tensor,
+        d_H: Tensor,
+        initial: Tensor,
+        grid: _Grid,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, heads, groups = grid.token_nC.shape[0], x_THP.shape[1], b_TGN.shape[1]
         chunks = _Chunks.cut(x_THP, dt_TH, a_H, b_TGN, c_TGN, grid)
@@ -157,7 +181,9 @@ class _Scan(torch.autograd.Function):
         carried = carried.view(n * groups, y.shape[2], y.shape[1], -1).transpose(1, 2)
         y.addcmul_(chunks.from_start[..., None], carried)
         y_THP = _to_row(_from_head(y, n), grid) + d_H[:, None] * x_THP
-        final = torch.stack([after[k] if k >= 0 else initial[s] for s, k in enumerate(grid.last)]) if grid.last else initial
+        final = (
+            torch.stack([after[k] if k >= 0 else initial[s] for s, k in enumerate(grid.last)]) if grid.last else initial
+        )
         ctx.save_for_backward(x_THP, dt_TH, a_H, b_TGN, c_TGN, d_H, before)
         ctx.grid = grid
         return y_THP, final, after[list(grid.kept)]
@@ -213,7 +239,9 @@ def _backward_inside(chunks: _Chunks, dy: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _backward_carry(
     chunks: _Chunks, before: Tensor, dbefore: Tensor, dfinal: Tensor, dkept: Tensor, dcs: Tensor, grid: _Grid
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence between chunks, backwards: gradients of the state after each chunk and of the initial states; adds to dcs."""
+    """The recurrence between chunks, backwards: gradients of the state after each chunk and of the initial states;
+    adds to dcs.
+    """
     n, heads = before.shape[:2]
     fade = chunks.from_start[..., -1].reshape(n, heads, 1, 1)
     dafter = torch.zeros_like(before)
@@ -242,9 +270,11 @@ def ssd(
     keep: Sequence[int] = (),
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan: y_THP, the state after each sequence [S, H, P, N], and the states after the tokens `keep` [len(keep), H, P, N].
+    """The scan: y_THP, the state after each sequence [S, H, P, N], and the states after the tokens `keep` [len(keep),
+    H, P, N].
 
-    Computes in float32 (float64 if x is), whatever comes in; y has the dtype of x, states have the dtype of the computation.
+    Computes in float32 (float64 if x is), whatever comes in; y has the dtype of x, states have the dtype of the
+    computation.
     """
     dtype = torch.promote_types(x_THP.dtype, torch.float32)
     heads, width, size = *x_THP.shape[1:], b_TGN.shape[2]
