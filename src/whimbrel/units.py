@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"\s*(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", re.IGNO
 
 
 def parse_bytes(text: str | int, name: str = "memory") -> int:
-    """`22GiB`, `22GB`, `600 MB` or plain bytes as a whole number of bytes; `name` is the setting that an error names."""
+    """`22GiB`, `22GB`, `600 MB` or plain bytes as a whole number of bytes; `name` is the setting in an error."""
     if isinstance(text, int):
         number = float(text)
     else:

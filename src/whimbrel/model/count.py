@@ -90,7 +90,7 @@ def kv_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: str = "bf
 
 
 def state_bytes(config: ModelConfig, batch: int = 1, dtype: str = "bfloat16") -> int:
-    """Bytes of recurrent state: HPN float32 numbers (SSM) and I(W-1) in `dtype` (convolution tail) an `M` layer and sequence.
+    """Bytes of recurrent state: HPN float32 (SSM) and I(W-1) of `dtype` (convolution tail) a sequence and `M` layer.
 
     It does not depend on the context. float32 because the state sums over the whole past: half precision drifts.
     """
@@ -126,9 +126,9 @@ def flops(config: ModelConfig, context: float) -> dict[str, float]:
 
 
 def flops_per_token(config: ModelConfig, context: float, training: bool = False) -> float:
-    """Operations of one token that sees `context` keys. Training is three times forward: two products go back for each one.
+    """Operations of one token that sees `context` keys. Training is three times that: two products go back for one.
 
-    For whole causal sequences give `mean_context(lengths)`. What activation checkpointing computes again is not counted.
+    For whole causal sequences give `mean_context(lengths)`. What checkpointing computes again is not counted.
     """
     return sum(flops(config, context).values()) * (3 if training else 1)
 
