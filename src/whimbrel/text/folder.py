@@ -1,4 +1,4 @@
-"""The tokenizer's files in a Hugging Face folder: tokenizer.json, tokenizer_config.json, and who else names end tokens."""
+"""The tokenizer's files in a Hugging Face folder: vocabulary, special tokens, chat template, end tokens."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class ChatTemplate:
             if not (whole.startswith(start) and whole.startswith(upto) and done <= len(start) < len(upto)):
                 raise UserError(
                     f"the model's chat template renders message {index + 1} differently inside the conversation than "
-                    'as its end, so its loss mask is unknown; train the last message alone (no other with "train": true)'
+                    'as its end, so its loss mask is unknown; let only the last message have "train": true'
                 )
             end = len(self._turn(upto))
             _keeps_thought(message, whole[len(start) : end], index + 1)

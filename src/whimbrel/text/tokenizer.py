@@ -99,7 +99,7 @@ class Tokenizer:
         return Tokenizer(backend, folder.NANO2_CONFIG)
 
     def save(self, target: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json; AutoTokenizer of transformers reads the same ids and chats."""
+        """Write tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer reads the same ids and chats."""
         folder.write(target, self._backend, self._config)
 
     def encode(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
@@ -208,7 +208,7 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> Backend:
-        """The same vocabulary, blind to special tokens: that is a state of the library's object, so we keep a second."""
+        """The same vocabulary, blind to special tokens: this is a state of the library's object, hence a second."""
         plain = Backend.from_str(self._backend.to_str())
         plain.encode_special_tokens = True
         return plain
