@@ -1,6 +1,8 @@
 """`python -m whimbrel` is `whimbrel`."""
 
+import sys
+
 from whimbrel.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The commands. No logic: each names its options, imports the room that does the work, and hands over.
+
+Imports are inside the commands, so that `whimbrel --help` is quick and needs no torch. `main` turns every mistake into
+one line: exit code 2 for what the user can mend, 1 for what went wrong otherwise, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from whimbrel import __version__
+from whimbrel.errors import UserError
+
+if TYPE_CHECKING:
+    from whimbrel.engine import Engine
+
+app = typer.Typer(
+    name="whimbrel",
+    help="Small language models that think, from raw pages to a served model.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings; the last one wins.")
+]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a fetched model's name or a hub id.")
+]
+Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:1.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"whimbrel {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose; goes anywhere.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A YAML file, for instance recipes/first-flight.yaml.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to work; runs/NAME if not given.")] = None,
+) -> None:
+    """Work through a recipe: every stage once, resumed where it stopped; writes report.html."""
+    from whimbrel.pipeline import recipe as recipes
+    from whimbrel.pipeline.console import Display
+    from whimbrel.pipeline.run import run as work
+
+    graph = recipes.read(recipe, overrides or ())
+    report = work(graph, out or Path("runs") / graph.name, Display())
+    typer.echo(f"report: {report}")
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2")]) -> None:
+    """Bring a real pretrained model into the cache, checked, with its licence."""
+    from whimbrel.model import fetch as fetching
+    from whimbrel.pipeline.console import Display
+
+    folder = fetching.fetch(name, Display().event)
+    typer.echo(folder)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help='JSONL: {"prompt": …} or {"messages": […]}.')],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Answers, one line each.")] = Path(
+        "answers.jsonl"
+    ),
+    config: Config = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Answer a file of prompts; stopped anywhere, the same command goes on.
+
+    Settings: max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, stop_in_thinking, seed, logprobs,
+    n, thinking_budget, thinking_grace, ignore_eos.
+    """
+    from whimbrel.config import load
+    from whimbrel.engine import Sampling
+    from whimbrel.engine.offline import generate_file
+    from whimbrel.pipeline.console import Display
+
+    sampling = load(Sampling, config, overrides or ())
+    if not prompts.is_file():
+        raise UserError(f'{prompts} is no file; write prompts to it, one JSON object a line: {{"prompt": "…"}}')
+    display = Display()
+    engine = _engine(model, dtype, device)
+    display.start("generate")
+    try:
+        figures = generate_file(engine, prompts, out, sampling, name=model, report=display.event)
+    finally:
+        display.stop()
+    typer.echo(f"{out}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can do, which fast paths are active, and why not the others."""
+    from whimbrel import doctor as examining
+
+    found = examining.examine()
+    typer.echo(json.dumps(found, indent=2) if as_json else examining.as_text(found))
+
+
+def _engine(model: str, dtype: str, device: str) -> Engine:
+    from whimbrel import Engine, LanguageModel, Tokenizer
+    from whimbrel.model.checkpoint import resolve
+
+    folder = resolve(model)
+    return Engine(LanguageModel.load(folder, dtype=dtype, device=device), Tokenizer.load(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        code = typer.main.get_command(app).main(words, prog_name="whimbrel", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has gone, which is its right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if traceback:
+            raise
+        message, code = explain(error)
+        print(f"whimbrel: {message}", file=sys.stderr)
+        return code
+    if code == 130:  # typer's word for Ctrl-C
+        print("whimbrel: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """One line for an error, with a way out, and the exit code."""
+    if hasattr(error, "format_message"):  # typer's usage errors, whose classes it keeps to itself
+        return _usage(error), 2
+    if isinstance(error, UserError):
+        return str(error), 2
+    if type(error).__name__ in ("Stopped", "StageError"):  # whimbrel.pipeline, not imported for an error's sake
+        return str(error), 130 if type(error).__name__ == "Stopped" else 1
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; what was finished is kept, and the same command goes on from there", 130
+    if isinstance(error, OSError):
+        return _system(error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "out of memory; make the batch, the context or the model smaller (`whimbrel plan` says what fits)", 1
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"this is a fault of ours: {what} (add --traceback to see where, and please report it)", 1
+
+
+def _usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "whimbrel"
+    message = " ".join(str(error.format_message()).split()).rstrip(".")
+    option = str(getattr(error, "option_name", "") or "").lstrip("-").replace("-", "_")
+    setting = f" (settings are written without dashes: {option}=VALUE)" if option else ""
+    return f"{message}{setting}; see: {command} --help"
+
+
+def _system(error: OSError) -> tuple[str, int]:
+    place = f"{error.filename}" if error.filename else "a file"
+    ways = {
+        errno.ENOENT: (f"{place} does not exist (looked in {Path.cwd()})", 2),
+        errno.EACCES: (
+            f"{place} may not be read or written by this user; choose another place or change its rights",
+            2,
+        ),
+        errno.EPERM: (f"{place} may not be changed by this user; choose another place or change its rights", 2),
+        errno.EISDIR: (f"{place} is a folder; name a file", 2),
+        errno.ENOTDIR: (f"{place} goes through a file as if it were a folder; choose another path", 2),
+        errno.EROFS: (f"{place} is on a read-only disk; choose another place", 2),
+        errno.ENOSPC: (f"no space left on the disk for {place}; free some, then the same command goes on", 1),
+        errno.EDQUOT: (f"the disk quota is spent ({place}); free some space, then the same command goes on", 1),
+    }
+    return ways.get(error.errno or 0, (f"{error.strerror or error} ({place})", 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
