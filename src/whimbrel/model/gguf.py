@@ -1,7 +1,8 @@
 """GGUF files of the llama architecture: config, weights and names. Needs the package `gguf` (extra `gguf`).
 
-Weights are dequantised to float32 one tensor at a time: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and the K-quants.
-Not read: other architectures, experts, sliding windows, widths that differ between layers, rotary scaling other than Llama-3.1's.
+Weights are dequantised to float32 one tensor at a time: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, the K-quants.
+Not read: other architectures, experts, sliding windows, widths that differ between layers, rotary scaling that is not
+Llama-3.1's.
 """
 
 from __future__ import annotations
@@ -71,21 +72,17 @@ class GGUF:
     def _config(self) -> ModelConfig:
         architecture = self.field("general.architecture")
         if architecture != "llama":
-            raise UserError(
-                f"{self.path} has the architecture {architecture!r}; read is 'llama' (load other models from their folders)"
-            )
+            raise UserError(f"{self.path} has the architecture {architecture!r}; read is 'llama'")
         for name in ("llama.expert_count", "llama.attention.sliding_window"):
             if self.field(name, 0):
-                raise UserError(
-                    f"{self.path} says {name} {self.field(name)}, which is not computed here; read are dense, full layers"
-                )
+                raise UserError(f"{self.path} says {name} {self.field(name)}, which is not computed here")
         if "token_embd.weight" not in self.shapes:
             raise UserError(f"{self.path} lacks tensor token_embd.weight; copy the file again")
         heads, hidden = self._size("attention.head_count"), self._size("embedding_length")
         head_dim = self._size("attention.key_length", hidden // heads)
         if (turning := self._size("rope.dimension_count", head_dim)) != head_dim:
             raise UserError(
-                f"{self.path} rotates {turning} of {head_dim} channels of a head; read are llama files that rotate them all"
+                f"{self.path} rotates {turning} of {head_dim} channels of a head; read are files that rotate all"
             )
         theta = float(self.field("llama.rope.freq_base", 10_000.0))
         layers, bos, eos, pad = (
@@ -148,7 +145,7 @@ class GGUF:
 
 
 def halves(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from GGUF's order, where channels that turn together are neighbours, to two halves. [heads * E, ...] -> same."""
+    """[heads * E, ...]: each head's rows from GGUF's order, where channels that turn together adjoin, to halves."""
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
 
 

@@ -1,6 +1,6 @@
-"""The tokenizer inside a GGUF file, written as the `tokenizer.json` and `tokenizer_config.json` of a Hugging Face folder.
+"""The tokenizer inside a GGUF file, written as the `tokenizer.json` and `tokenizer_config.json` of a folder.
 
-Read: byte-level BPE (`tokenizer.ggml.model` gpt2) with the four ways to cut text below. Not read: SentencePiece vocabularies.
+Read: byte-level BPE (`tokenizer.ggml.model` gpt2) with the four ways to cut text below. Not read: SentencePiece.
 """
 
 from __future__ import annotations

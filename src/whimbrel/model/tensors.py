@@ -34,11 +34,11 @@ class SafeTensors:
         for name, file in promised.items():
             if self.files.get(name) != file:
                 raise UserError(
-                    f"{self.folder / INDEX} promises tensor {name} in {file.name}, but it is not there; copy the file again"
+                    f"{self.folder / INDEX} promises tensor {name} in {file.name}, but it is not there; copy it again"
                 )
 
     def read(self, name: str) -> Tensor:
-        """One tensor, a view of the mapped file: copy what you keep, and let go of it, so that the file leaves memory again."""
+        """One tensor, a view of the mapped file: copy what you keep and let go of it, so that it leaves memory."""
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -60,7 +60,7 @@ class SafeTensors:
         pickles = sorted(entry.name for entry in self.folder.iterdir() if entry.suffix in PICKLES)
         if pickles:
             raise UserError(
-                f"{self.folder} holds {pickles[0]}: a pickle can run code and is never read; save it as safetensors first"
+                f"{self.folder} holds {pickles[0]}: a pickle can run code and is never read; save it as safetensors"
             )
         raise UserError(f"{self.folder} has no model.safetensors and no {INDEX}; copy the whole folder of the model")
 

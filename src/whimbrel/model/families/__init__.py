@@ -1,6 +1,6 @@
 """The Hugging Face folder forms that are read and written: one file a family, each with the same three functions.
 
-`config_from_hf(dict) -> ModelConfig`, `config_to_hf(ModelConfig) -> dict`, `names(config) -> {our name: name in the file}`.
+`config_from_hf(dict) -> ModelConfig`, `config_to_hf(ModelConfig) -> dict`, `names(config) -> {our name: name on disk}`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def names(config: ModelConfig) -> dict[str, str]:
     """Our name -> the name on disk, for every tensor of the network. Tied heads have no tensor of their own."""
     return FORMS[config.family].names(config)
+
+
+def copies(config: ModelConfig) -> dict[str, str]:
+    """Name on disk -> our name of what it repeats. transformers' NemotronH never ties, so a tied head is copied."""
+    tied = config.tie_embeddings and config.family == "nemotron_h"
+    return {"lm_head.weight": "embeddings.weight"} if tied else {}
 
 
 def plain(name: str) -> str:

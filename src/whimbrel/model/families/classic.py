@@ -1,6 +1,6 @@
 """What Llama, Qwen3 and Nemotron-4 folders share: blocks of attention and feed-forward, under Llama's names.
 
-Block i of the file is our layers 2i (attention, `input_layernorm`) and 2i + 1 (feed-forward, `post_attention_layernorm`).
+Block i is our layers 2i (attention, `input_layernorm`) and 2i + 1 (feed-forward, `post_attention_layernorm`).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Classic:
         expressible(config, self.fixed)
         if config.pattern != "*-" * (config.layers // 2):
             raise UserError(
-                f"pattern is {config.pattern!r}, which a {self.model_type} folder cannot say; set pattern to *- repeated, "
-                "or family to nemotron_h"
+                f"pattern is {config.pattern!r}, which a {self.model_type} folder cannot say; "
+                "set pattern to *- repeated, or family to nemotron_h"
             )
         if config.rope_theta is None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Reading and writing `config.json`: several spellings of one field, values that no family can have, rotary settings."""
+"""Reading and writing `config.json`: several spellings of one field, values not computed here, rotary settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Fields:
         self.only("quantization_config", None, "whose weights are compressed; load the checkpoint it was made from")
 
     def get(self, *spellings: str, default: Any = REQUIRED) -> Any:
-        """The value under the first spelling that is there (null counts as absent); the default, or `UserError` without one."""
+        """The value under the first spelling that is there (null: absent); the default, or `UserError` without one."""
         for name in spellings:
             if self.raw.get(name) is not None:
                 return number(self.raw[name])
@@ -49,7 +49,7 @@ class Fields:
             raise UserError(f"{self.where} says {name} {self.raw[name]!r}, {reason}; {instead}")
 
     def rotary(self, usual_fraction: float) -> dict[str, Any]:
-        """`rope_theta`, `rope_fraction` and `rope_scaling`, from the top level or from inside rope_parameters/rope_scaling."""
+        """`rope_theta`, `rope_fraction`, `rope_scaling`, from the top level or inside rope_parameters/rope_scaling."""
         inside = dict(self.raw.get("rope_scaling") or {}) | dict(self.raw.get("rope_parameters") or {})
         if any(isinstance(value, dict) for value in inside.values()):
             raise UserError(
@@ -114,6 +114,6 @@ def expressible(config: ModelConfig, fixed: Mapping[str, Any]) -> None:
     for name, value in fixed.items():
         if getattr(config, name) != value:
             raise UserError(
-                f"{name} is {getattr(config, name)!r}, which a {config.family} folder cannot say (there it is always {value!r}); "
+                f"{name} is {getattr(config, name)!r}, which a {config.family} folder cannot say; "
                 f"set {name} to {value!r}, or family to one that has it"
             )

@@ -1,4 +1,4 @@
-"""Llama (and its many copies, SmolLM2 among them): RMSNorm, gated SiLU feed-forward, full rotary, tied or untied head."""
+"""Llama and its copies (SmolLM2 among them): RMSNorm, gated SiLU feed-forward, full rotary, tied or untied head."""
 
 from __future__ import annotations
 

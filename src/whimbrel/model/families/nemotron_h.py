@@ -1,7 +1,7 @@
-"""Nemotron-H and Nemotron Nano 2: Mamba-2, attention and feed-forward layers in any order (arXiv 2504.03624, 2508.14444).
+"""Nemotron-H and Nano 2: Mamba-2, attention and feed-forward layers in any order (arXiv 2504.03624, 2508.14444).
 
-Read: the string `hybrid_override_pattern` and both generations of the list `layers_block_type`. Written: the string with
-`num_hidden_layers`, and no mixture-of-experts key, which is what transformers, vLLM and llama.cpp's converter all read.
+Read: the string `hybrid_override_pattern` and both generations of the list `layers_block_type`. Written: the string
+with `num_hidden_layers`, and no mixture-of-experts key, which is what transformers and vLLM both read.
 Ignored, as the published models ignore them: `expand`, `mamba_proj_bias`, rotary keys, `residual_in_fp32`, and the
 mixture-of-experts keys that transformers 5 writes into dense configs too.
 """
@@ -81,7 +81,7 @@ def _pattern(fields: Fields) -> str:
     pattern = fields.get("hybrid_override_pattern", default=listed or None)
     if pattern is None:
         raise UserError(
-            f"{fields.where} has no hybrid_override_pattern and no layers_block_type; add one letter a layer, like M-M*-"
+            f"{fields.where} has no hybrid_override_pattern and no layers_block_type; add the string, like M-M*-"
         )
     if listed and listed != pattern:
         raise UserError(
@@ -89,19 +89,19 @@ def _pattern(fields: Fields) -> str:
         )
     if "E" in pattern:
         raise UserError(
-            f"{fields.where} has mixture-of-experts layers (E at layer {pattern.index('E')}), which are not computed here; "
+            f"{fields.where} has mixture-of-experts layers (E at layer {pattern.index('E')}), not computed here; "
             "read are patterns of M, * and -"
         )
     layers = fields.get("num_hidden_layers", default=len(pattern))
     if layers != len(pattern):
         raise UserError(
-            f"{fields.where} says num_hidden_layers {layers}, but its pattern has {len(pattern)}; set it to {len(pattern)}"
+            f"{fields.where} says num_hidden_layers {layers}, but its pattern has {len(pattern)}; set it to that"
         )
     return str(pattern)
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` of a hybrid; `UserError` if the family cannot say it. Sizes of absent kinds of layer are left out."""
+    """`config.json` of a hybrid; `UserError` if the family cannot say it. Sizes of absent layers are left out."""
     expressible(config, FIXED)
     said = {
         "architectures": ["NemotronHForCausalLM"],

@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama's block with RMSNorm over each head of q and k (arXiv 2505.09388). Sliding windows are refused."""
+"""Qwen3, dense: Llama's block with RMSNorm over each head of q and k (arXiv 2505.09388). No sliding windows."""
 
 from __future__ import annotations
 
