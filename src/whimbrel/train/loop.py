@@ -1,0 +1,246 @@
+"""The loop. Data are a pure function of an index, the state is a step and tensors: a run that dies goes on bit for bit.
+
+Micro-batch i of step s is `source.batch(s * accumulate + i)`. Training and validation lines go to `metrics.jsonl`; the
+`step` of a line counts the updates done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import distributed
+
+from whimbrel.errors import UserError, nearest
+from whimbrel.events import Report, silent
+from whimbrel.model.language import LanguageModel
+from whimbrel.train import checkpointing, threads
+from whimbrel.train.checkpointing import TrainState
+from whimbrel.train.interrupt import Stopped, stop_politely
+from whimbrel.train.measure import Log, Meter
+from whimbrel.train.memory import check_memory, peak_memory, training_bytes
+from whimbrel.train.objective import Batch, CrossEntropy, Objective
+from whimbrel.train.optimizer import OptimizerSettings, adamw
+from whimbrel.train.recompute import recomputed
+from whimbrel.train.schedule import ScheduleSettings
+from whimbrel.train.step import NotFinite, accumulate, train_step
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+FREE = ("threads", "recompute", "validate_every", "validate_batches", "checkpoint_every", "keep", "tensorboard")
+"""Settings that may change in the middle of a run: they do not change what is learned."""
+
+
+class Source(Protocol):
+    """Batches as a pure function of an index; it never ends (epochs follow each other)."""
+
+    def batch(self, index: int) -> Batch:
+        """The batch of this index, always the same."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long, how large, how often. The size of a micro-batch belongs to the source."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run; the schedule is stretched over them."""
+    accumulate: int = 1
+    """Micro-batches of an optimizer step."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    precision: str = "auto"
+    """`float32`, `bfloat16` (autocast over float32 weights), or `auto`: bfloat16 on a GPU, float32 elsewhere."""
+    recompute: bool = False
+    """Activation checkpointing: less memory, about a third more time."""
+    threads: int = 0
+    """Threads of the CPU; 0 times 1, 2, 4, ... before step 1 and keeps the fastest."""
+    validate_every: int = 100
+    """Updates between two looks at held-out data; there is always one at the start and one at the end."""
+    validate_batches: int = 8
+    """Held-out batches of a look: always the same ones, from index 0."""
+    checkpoint_every: int = 100
+    """Updates between two checkpoints; there is always one at the end."""
+    keep: int = 2
+    """Checkpoints kept."""
+    tensorboard: bool = True
+    """Curves for TensorBoard too, if the package is installed."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "validate_every", "validate_batches", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; set train.{name} to 1 or more")
+        for name in ("clip", "threads"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; set train.{name} to 0 or more")
+        if self.precision not in PRECISIONS:
+            hint = nearest(self.precision, PRECISIONS)
+            raise UserError(f"train.precision is {self.precision!r}; {hint}; set it to auto, float32 or bfloat16")
+        self.schedule.check(self.steps)
+
+    def precision_on(self, device: torch.device) -> str:
+        """`float32` or `bfloat16`."""
+        return self.precision if self.precision != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+
+
+def pretrain(
+    settings: TrainSettings,
+    source: Source,
+    validation: Source | None,
+    model: LanguageModel,
+    folder: Path,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Next-token prediction: `train` with cross-entropy."""
+    return train(settings, CrossEntropy(), source, validation, model, folder, report)
+
+
+def train(
+    settings: TrainSettings,
+    objective: Objective,
+    source: Source,
+    validation: Source | None,
+    model: LanguageModel,
+    folder: Path,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Train a model in place; returns figures of the run.
+
+    `folder` gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`. If a checkpoint is there, the run goes on from it,
+    bit for bit as if it had never stopped (on a CPU, with the same build of torch). Raises `Stopped` after SIGINT or
+    SIGTERM, with a checkpoint written; `NotFinite` before weights would be spoilt; `UserError` for settings that do not
+    fit the checkpoint and for a full disk.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise UserError(f"{distributed.get_world_size()} processes were started; train runs in one, launch 1")
+    precision = settings.precision_on(model.device)
+    optimizer = adamw(model, settings.optimizer)
+    checkpoints = folder / "checkpoints"
+    with stop_politely() as wish, recomputed(model, settings.recompute), ExitStack() as stack:
+        state = _begin(settings, precision, objective, source, model, checkpoints, report)
+        stack.enter_context(threads.using(state.threads))
+        figures = state.figures
+        meter = Meter(model.config, model.device, precision, int(figures.get("tokens", 0)), figures.get("seconds", 0.0))
+        if state.step:
+            checkpointing.load(checkpointing.path_of(checkpoints, state.step), model, optimizer)
+            model.touch()
+        log = stack.enter_context(closing(Log(folder, state.metrics_offset, state.step, settings.tensorboard, report)))
+        held_out: dict[str, float] = {}
+        session = time.perf_counter()
+        for step in range(state.step, settings.steps + 1):
+            if validation is not None and (step % settings.validate_every == 0 or step == settings.steps):
+                batches = [validation.batch(index) for index in range(settings.validate_batches)]
+                held_out = {"validation_loss": accumulate(model, objective, batches, precision, learn=False)[0]}
+                log.write({"step": step} | held_out)
+            if step == settings.steps:
+                break
+            start = time.perf_counter()
+            batches = [source.batch(step * settings.accumulate + i) for i in range(settings.accumulate)]
+            for group in optimizer.param_groups:
+                group["lr"] = settings.optimizer.learning_rate * settings.schedule.share(step, settings.steps)
+            try:
+                seen = train_step(model, objective, batches, optimizer, clip=settings.clip, precision=precision)
+            except NotFinite as error:
+                raise NotFinite(_way_out(str(error), step, settings, checkpoints)) from error
+            lengths = [length for batch in batches for length in batch.lengths]
+            figures = {"step": step + 1} | seen.terms | {"loss": seen.loss, "grad_norm": seen.grad_norm}
+            figures |= {"learning_rate": optimizer.param_groups[0]["lr"]} | meter.lap(
+                lengths, time.perf_counter() - start
+            )
+            log.write(figures)
+            pace = (time.perf_counter() - session) / (step + 1 - state.step)
+            report(_progress(figures, settings.steps, pace))
+            if wish.signal or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+                here = replace(
+                    state, step=step + 1, metrics_offset=log.sync(), data=_digest(batches[-1]), figures=figures
+                )
+                path = checkpointing.save(checkpoints, here, model, optimizer, settings.keep)
+            if wish.signal:
+                raise Stopped(f"{wish.signal}: stopped after step {step + 1}, saved {path}; the same command goes on")
+    return figures | held_out | {"threads": state.threads, "peak_memory_bytes": peak_memory(model.device)}
+
+
+def _begin(
+    settings: TrainSettings,
+    precision: str,
+    objective: Objective,
+    source: Source,
+    model: LanguageModel,
+    checkpoints: Path,
+    report: Report,
+) -> TrainState:
+    """Where to start: the newest whole checkpoint if it fits, else step 0, with memory and threads looked at first."""
+    identity = _identity(settings, precision, objective, model)
+    found = checkpointing.newest(checkpoints, report)
+    if found is not None:
+        path, state = found
+        checkpointing.refuse_changes(path, state.identity, identity)
+        if _digest(source.batch(state.step * settings.accumulate - 1)) != state.data:
+            raise UserError(
+                f"cannot go on from {path}: the data are not those it was trained on; "
+                f"bring them back, or remove {checkpoints} to start anew"
+            )
+        report({"event": "log", "text": f"going on from {path}"})
+    first = source.batch(0)
+    check_memory(training_bytes(model, first.lengths, precision, settings.recompute), model.device, report)
+
+    def trial() -> None:
+        accumulate(model, objective, [first], precision, learn=True)
+        model.zero_grad(set_to_none=True)
+
+    recorded = found[1].threads if found is not None else None
+    used = (
+        threads.choose(settings.threads, recorded, trial, report)
+        if model.device.type == "cpu"
+        else torch.get_num_threads()
+    )
+    return replace(found[1], threads=used) if found is not None else TrainState(0, used, identity)
+
+
+def _identity(settings: TrainSettings, precision: str, objective: Objective, model: LanguageModel) -> dict[str, Any]:
+    """Every setting that changes what is computed, as JSON keeps it."""
+    kept = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    aim: dict[str, Any] = asdict(objective) if is_dataclass(objective) and not isinstance(objective, type) else {}
+    whole = {
+        "train": kept | {"precision": precision},
+        "objective": {"name": type(objective).__name__} | aim,
+        "model": asdict(model.config) | {"dtype": str(model.dtype)},
+    }
+    return dict(json.loads(json.dumps(whole)))
+
+
+def _digest(batch: Any) -> str:
+    """SHA-256 of everything in a batch (a dataclass of arrays and plain values)."""
+    digest = hashlib.sha256()
+    for part in fields(batch):
+        value = getattr(batch, part.name)
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def _way_out(what: str, step: int, settings: TrainSettings, checkpoints: Path) -> str:
+    """What to tell about a number that is not finite."""
+    saved = checkpointing.latest(checkpoints)
+    last = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
+    first = step * settings.accumulate
+    return (
+        f"step {step + 1}: {what}. The weights were not touched; {last}. To look on: batches {first} to "
+        f"{first + settings.accumulate - 1} of the source made it. To get past it: lower train.optimizer.learning_rate "
+        f"(now {settings.optimizer.learning_rate:g}) or lengthen train.schedule.warmup_steps, and start anew"
+    )
+
+
+def _progress(figures: dict[str, float], steps: int, pace: float) -> dict[str, Any]:
+    """An event for a progress bar; `pace`: seconds a step."""
+    left = timedelta(seconds=round(pace * (steps - figures["step"])))
+    rate = f"{figures['tokens_per_second']:,.0f} tokens/s · MFU {figures['mfu']:.0%}"
+    text = f"loss {figures['loss']:.3f} · {rate} · {left} left"
+    return {"event": "progress", "done": figures["step"], "total": steps, "unit": "steps", "text": text}
