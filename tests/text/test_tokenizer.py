@@ -71,6 +71,9 @@ def test_a_folder_whose_model_wants_the_beginning(llama_folder: Path) -> None:
     assert tokenizer.adds_bos
     assert tokenizer.encode("the ocean")[0] != 1
     assert tokenizer.encode("<s>the ocean", bos=tokenizer.adds_bos).count(1) == 1
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(llama_folder)
+    for text in ("the ocean", " naïve\n bird", ""):
+        assert tokenizer.encode(text, bos=tokenizer.adds_bos) == theirs(text)["input_ids"]
 
 
 def test_training_is_deterministic(tokenizer: Tokenizer, pages: list[str]) -> None:
@@ -206,7 +209,7 @@ def test_a_stream_gives_a_character_as_soon_as_it_is_whole(tokenizer: Tokenizer)
     assert stream.push(tokenizer.encode("a")[0]) == "a"
 
 
-@given(ids=st.lists(st.integers(0, 320), max_size=40))
+@given(ids=st.lists(st.integers(0, 320) | st.integers(259, 320), max_size=40))
 def test_a_stream_of_a_sentencepiece_vocabulary(llama_folder: Path, ids: list[int]) -> None:
     spm = load(llama_folder)
     stream = spm.stream()
@@ -221,3 +224,11 @@ def test_the_mask_of_a_sentencepiece_vocabulary(llama_folder: Path) -> None:
     trained = [i for i, used in zip(ids, mask, strict=True) if used]
     assert spm.decode(trained, skip_special=False) == "the ocean </s>"
     assert trained[-1] == 2
+
+
+def test_a_token_across_the_start_of_a_turn_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    load(llama_folder).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    messages = [{"role": "user", "content": "a bi"}, {"role": "assistant", "content": "rd"}]
+    with pytest.raises(UserError, match="a token of this tokenizer spans the end of the prompt"):
+        Tokenizer.load(tmp_path).encode_chat(messages)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +158,15 @@ class Tokenizer:
         prompt: no token spans both. With `generation` nothing is trained, and the ids are those of the rendered text.
         """
         renderer = chat.render_pieces if self._native else self._template.render_pieces
-        pieces = _join(renderer(messages, tools=tools, thinking=thinking, generation=generation))
+        pieces = renderer(messages, tools=tools, thinking=thinking, generation=generation)
         if self._prefixes:
             return self._encode_whole(pieces)
         ids: list[int] = []
         mask: list[bool] = []
-        for piece in pieces:
-            found = self.encode(piece.text)
+        for trained, run in groupby(pieces, key=lambda piece: piece.trained):
+            found = self.encode("".join(piece.text for piece in run))
             ids += found
-            mask += [piece.trained] * len(found)
+            mask += [trained] * len(found)
         return ids, mask
 
     def _encode_whole(self, pieces: Sequence[chat.Piece]) -> tuple[list[int], list[bool]]:
@@ -245,14 +246,3 @@ def _valid(text: str) -> str:
             "mend it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from error
     return text
-
-
-def _join(pieces: Iterable[chat.Piece]) -> list[chat.Piece]:
-    """Neighbours of one kind as one piece, so that what is not trained is encoded as a prompt is."""
-    joined: list[chat.Piece] = []
-    for piece in pieces:
-        if joined and joined[-1].trained == piece.trained:
-            joined[-1] = chat.Piece(joined[-1].text + piece.text, piece.trained)
-        elif piece.text:
-            joined.append(piece)
-    return joined
