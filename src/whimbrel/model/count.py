@@ -13,6 +13,8 @@ from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 FLOAT32 = 4
+SCAN_CHUNK = 64
+"""Tokens of a chunk of the scan in `ops/torch` (not the config's `chunk_size`, which is another implementation's)."""
 
 
 def dtype_bytes(dtype: str, name: str = "dtype") -> int:
@@ -154,3 +156,106 @@ def decode_bytes(
         "kv": kv_bytes(config, context + 1, batch, kv_dtype or dtype),
         "state": 2 * state_bytes(config, batch, dtype),
     }
+
+
+def activation_bytes(config: ModelConfig, tokens: int, context: int, dtype: str = "bfloat16") -> int:
+    """Largest bytes of temporary tensors while the last `tokens` tokens of a prompt of `context` are computed.
+
+    Layers come one after the other, so the largest counts; numbers a token, as `ops/torch` computes:
+    every layer  2D (the stream and its norm)
+    -            3F, or 4F with a gate
+    *            3HE + 2KE, and 2KE numbers and an index (8 bytes) a token of the context: one layer's keys and values,
+                 gathered from their blocks. Not here: on a CPU torch's kernel adds masks of 13 * tokens * context bytes
+    M            (2HP + 2GN + H) + I, then in float32 7HP + 2GN + 64H + 3HPN/64 (u = dt x and its products, decays
+                 inside chunks of 64, three states a chunk), and I more where `dtype` is not float32
+    """
+    size = dtype_bytes(dtype)
+    peaks = [0]
+    if FEED_FORWARD in config.pattern:
+        peaks.append((4 if config.mlp == "swiglu" else 3) * config.intermediate_size * size * tokens)
+    if ATTENTION in config.pattern:
+        chunk = (3 * _queries(config) + 2 * _keys(config)) * size * tokens
+        peaks.append(chunk + (2 * _keys(config) * size + 8) * context)
+    if MAMBA in config.pattern:
+        scan = _scan_floats(config, 7, 3) + (config.conv_channels if size != FLOAT32 else 0)
+        peaks.append((size * (config.in_proj_width + config.conv_channels) + FLOAT32 * scan) * tokens)
+    return 2 * config.hidden_size * size * tokens + max(peaks)
+
+
+def _scan_floats(config: ModelConfig, rows: int, states: int) -> int:
+    """float32 numbers a token inside the scan: `rows` times HP, B and C, decays of a chunk, `states` states a chunk."""
+    inner = config.mamba_inner
+    shared = 2 * config.n_groups * config.ssm_state_size
+    decays = SCAN_CHUNK * config.mamba_num_heads
+    return rows * inner + shared + decays + states * inner * config.ssm_state_size // SCAN_CHUNK
+
+
+def step_bytes(config: ModelConfig, dtype: str = "bfloat16") -> int:
+    """Temporary bytes of each sequence in a decoding step.
+
+    3HPN float32 (one layer's state: gathered, decayed, new); for sampling V logits in `dtype`, float32 and three times
+    float64.
+    """
+    state = 3 * config.mamba_inner * config.ssm_state_size * FLOAT32 * (MAMBA in config.pattern)
+    return state + config.vocab_size * (dtype_bytes(dtype) + FLOAT32 + 3 * 8)
+
+
+def training_bytes(
+    config: ModelConfig, tokens: int, *, precision: str = "float32", recompute: bool = False, head_chunk: int = 1024
+) -> dict[str, int]:
+    """Bytes that training takes: weights, gradients and AdamW's two moments in float32, and an estimate of activations.
+
+    `tokens` is one micro-batch, packed. `precision` bfloat16 is autocast over float32 weights. Numbers kept a token for
+    the backward pass, as `ops` and autograd keep them (float32; those marked ~ have two bytes under autocast):
+    every layer  3D (stream, unit norm, weighted norm), ~D more under autocast
+    -            ~2F, or ~4F with a gate
+    *            ~3HE + 2KE; with q/k norm ~2HE + 2KE more; with rotary 4R more (R: channels of a head that turn)
+    M            ~(2HP + 2GN + H) + 3I, then 5HP + HPN/64 + 3H (scan and gated norm), I more under autocast
+    Besides, at the start of the backward pass, the larger of
+    one layer    - and *: 2D + 2F, 2D + 3HE + 2KE; M: 5HP + 2GN + 64H + 2HPN/64
+    the head     two chunks of logits (one if one suffices) and twice VD
+    With `recompute` a layer keeps D, and the largest layer's own numbers exist once. Short documents cost more than
+    this says: a chunk of the scan holds one document only. Autocast also holds a copy of the matrices in two bytes.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(
+            f"precision is {precision!r}; {nearest(precision, ('float32', 'bfloat16'))} (set it to float32)"
+        )
+    weights, size = total(config) * FLOAT32, dtype_bytes(precision)
+    kept = {letter: _kept(config, letter, size) for letter in dict.fromkeys(config.pattern)}
+    once = max(_backward(config, letter, size) + (kept[letter] if recompute else 0) for letter in kept)
+    stack = sum(config.hidden_size * FLOAT32 if recompute else kept[letter] for letter in config.pattern)
+    vocabulary, width = config.vocab_size, config.hidden_size
+    chunk = min(head_chunk, tokens) * min(2, -(-tokens // head_chunk))
+    head = chunk * vocabulary * (FLOAT32 + size % FLOAT32) + 2 * vocabulary * width * FLOAT32
+    matrices = weights // FLOAT32 * (size % FLOAT32)
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "moments": 2 * weights,
+        "activations": (stack + 3 * width * FLOAT32) * tokens + max(once * tokens, head) + matrices,
+    }
+
+
+def _kept(config: ModelConfig, letter: str, size: int) -> int:
+    """Bytes a token that a layer keeps for its backward pass."""
+    width, low = config.hidden_size, size != FLOAT32
+    norm = 3 * width * FLOAT32 + width * size * low
+    if letter == FEED_FORWARD:
+        return norm + (4 if config.mlp == "swiglu" else 2) * config.intermediate_size * size
+    if letter == ATTENTION:
+        queries, keys = _queries(config), _keys(config)
+        heads = 3 * queries + 2 * keys + 2 * (queries + keys) * config.qk_norm
+        return norm + heads * size + 4 * config.rotary_width * FLOAT32
+    inner, channels = config.mamba_inner, config.conv_channels
+    scan = 5 * inner + inner * config.ssm_state_size // SCAN_CHUNK + 3 * config.mamba_num_heads + channels * low
+    return norm + (config.in_proj_width + 3 * channels) * size + scan * FLOAT32
+
+
+def _backward(config: ModelConfig, letter: str, size: int) -> int:
+    """Temporary bytes a token of the backward pass of one layer."""
+    if letter == MAMBA:
+        return _scan_floats(config, 5, 2) * FLOAT32
+    if letter == FEED_FORWARD:
+        return 2 * (config.hidden_size + config.intermediate_size) * size
+    return (2 * config.hidden_size + 3 * _queries(config) + 2 * _keys(config)) * size

@@ -19,6 +19,7 @@ from whimbrel.ops.segments import Segments
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
 def _rows(lengths: tuple[int, ...], history: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the tokens [T], of the histories [S, W-1] and of the last W-1 inputs of each sequence [S, W-1]."""
     tokens, before, tails = [], [], []

@@ -46,6 +46,7 @@ class _Grid:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
 def _grid(lengths: tuple[int, ...], keep: tuple[int, ...], chunk: int, device: torch.device) -> _Grid:
     total = sum(lengths)
     begins: list[int] = []
