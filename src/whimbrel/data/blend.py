@@ -56,12 +56,15 @@ class _Stretch:
 
 @dataclass(frozen=True)
 class Blend:
-    """Batches of `batch_rows` rows, `steps` of them, drawn from several sources; `batch(step)` is pure in the step."""
+    """A run of `batches` batches, each of `batch_rows` rows of several sources; `batch(step)` is pure in the step.
+
+    With gradient accumulation a batch is a micro-batch: batches = steps times micro-batches a step.
+    """
 
     sources: Mapping[str, Rows]
     phases: Sequence[Phase]
     batch_rows: int
-    steps: int
+    batches: int
     epochs: Mapping[str, float] = field(default_factory=dict)  # a source without an entry repeats as often as needed
     _plan: tuple[_Stretch, ...] = field(init=False, repr=False)
 
@@ -70,7 +73,7 @@ class Blend:
         room = [self.epochs.get(name, math.inf) * rows.count for name, rows in self.sources.items()]
         plan, first, offsets = [], 0, np.zeros(len(self.sources), np.int64)
         for number, phase in enumerate(self.phases):
-            slots = round(phase.until * self.steps) * self.batch_rows - first
+            slots = round(phase.until * self.batches) * self.batch_rows - first
             weights = [phase.weights.get(name, 0) for name in self.sources]
             left = [cap - used for cap, used in zip(room, offsets.tolist(), strict=True)]
             counts = apportion(slots, weights, left)
@@ -78,7 +81,7 @@ class Blend:
                 capped = ", ".join(f"{name}={self.epochs[name]:g}" for name in phase.weights if name in self.epochs)
                 raise UserError(
                     f"phase {number + 1} needs {slots} rows, its sources have fewer left under their epochs ({capped});"
-                    " raise those, or set fewer steps"
+                    " raise those, or set fewer batches"
                 )
             plan.append(_Stretch(first, slots, np.asarray(counts), offsets))
             first, offsets = first + slots, offsets + np.asarray(counts)
@@ -87,11 +90,11 @@ class Blend:
     @property
     def length(self) -> int:
         """Rows of the whole run."""
-        return self.steps * self.batch_rows
+        return self.batches * self.batch_rows
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step in [0, steps)."""
-        assert 0 <= step < self.steps, f"step {step} of a blend of {self.steps}"
+        """The batch of a step in [0, batches)."""
+        assert 0 <= step < self.batches, f"batch {step} of a blend of {self.batches}"
         sources = list(self.sources.values())
         slot = step * self.batch_rows
         stretch = next(s for s in reversed(self._plan) if s.first <= slot and s.slots)
@@ -166,9 +169,9 @@ def _slots(stretch: _Stretch, start: int, stop: int) -> tuple[NDArray[np.int64],
 
 
 def _check(blend: Blend) -> None:
-    if not blend.sources or blend.batch_rows < 1 or blend.steps < 1:
+    if not blend.sources or blend.batch_rows < 1 or blend.batches < 1:
         raise UserError(
-            f"a blend has {len(blend.sources)} sources, batch_rows {blend.batch_rows}, steps {blend.steps}; "
+            f"a blend has {len(blend.sources)} sources, batch_rows {blend.batch_rows}, batches {blend.batches}; "
             "set each to 1 or more"
         )
     ends = [phase.until for phase in blend.phases]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ class Writer:
         self._flush()
         self._parquet.close()
 
+    def abandon(self) -> None:
+        """Close without the rows that are still in memory."""
+        self._parquet.close()
+
     def _flush(self) -> None:
         if self.rows:
             self._parquet.write_table(need("pyarrow", "data").Table.from_pylist(self.rows, schema=self.schema))
@@ -74,8 +78,13 @@ def writing(path: Path, columns: dict[str, str]) -> Iterator[Writer]:
     """A Writer whose file appears when the block ends without an error."""
     with atomic_write(path, "wb") as file:
         writer = Writer(file, columns)
-        yield writer
-        writer.close()
+        try:
+            yield writer
+            writer.close()
+        except BaseException:
+            with suppress(OSError):  # the first error counts; the file is taken away
+                writer.abandon()
+            raise
 
 
 def read(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -54,7 +54,9 @@ class Permutation:
         return self._walk(flat, np.full_like(flat, epoch), forward=False).reshape(items.shape)
 
     def _walk(self, values: NDArray[np.int64], epoch: NDArray[np.int64], forward: bool) -> NDArray[np.int64]:
-        key = _mix(epoch.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64((self.seed * _GOLDEN + 1) & _U64))
+        # The seed is mixed before the epoch is added: seed 1's second epoch must not be seed 2's first.
+        seed = _mix(np.array([(self.seed + 1) * _GOLDEN & _U64], np.uint64))
+        key = _mix(seed + epoch.astype(np.uint64) * np.uint64(_GOLDEN))
         at = self._network(values.astype(np.uint64), key, forward)
         while (outside := at >= np.uint64(self.n)).any():
             at[outside] = self._network(at[outside], key[outside], forward)

@@ -84,6 +84,7 @@ def run_data(settings: DataSettings, inputs: Mapping[str, Path], out: Path, repo
     Returns {"pages", "documents", "characters", "funnel", "dropped", "language_identifier"}. Raises UserError where
     nothing is left, and on a damaged archive.
     """
+    _sweep(out)
     for module in ("pyarrow", "fastwarc", "resiliparse", "xxhash"):
         need(module, "data")
     files = pages.find([*([inputs["pages"]] if "pages" in inputs else []), *settings.pages])
@@ -177,11 +178,19 @@ def _funnel(read: int, dropped: Mapping[str, int]) -> dict[str, int]:
     return left | {"kept": read - sum(number for reason, number in dropped.items() if reason not in early)}
 
 
+def _sweep(out: Path) -> None:
+    """Take away what a killed predecessor had half written."""
+    for folder in (out, out / "parts"):
+        for litter in folder.glob(".*.tmp"):
+            litter.unlink()
+
+
 # ------------------------------------------------------------------------------------------------- tokenizer and tokens
 
 
 def run_tokenizer(settings: TokenizerSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Train a tokenizer on the input `documents` and save it as `out`, a tokenizer folder."""
+    _sweep(out)
     texts = (document["text"] for document in documents.read(inputs["documents"], ["text"]))
     report({"event": "log", "text": f"learning a vocabulary of {settings.vocab_size:,} entries"})
     tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.reserved, settings.min_frequency)
@@ -195,6 +204,7 @@ def run_tokens(settings: TokensSettings, inputs: Mapping[str, Path], out: Path, 
     Special tokens that stand in a text are ordinary characters there; one end-of-text token follows each document.
     Returns {"vocab_size", "eos_id", "train": {"documents", "tokens", "bytes"}, "heldout": {…}}.
     """
+    _sweep(out)
     tokenizer = Tokenizer.load(inputs["tokenizer"])
     if not tokenizer.eos_ids:
         raise UserError(
