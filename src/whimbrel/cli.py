@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Overrides = Annotated[
@@ -40,6 +41,15 @@ Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="S
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:1.")]
+
+
+STAGES = {
+    "data": "raw pages to documents, with the reason of every drop.",
+    "tokenizer": "a vocabulary learned from documents.",
+    "tokens": "documents to token shards.",
+    "pretrain": "token shards to a model.",
+    "sample": "texts written by a model.",
+}
 
 
 def _version(wanted: bool) -> None:
@@ -130,6 +140,33 @@ def doctor(as_json: Json = False) -> None:
     typer.echo(json.dumps(found, indent=2) if as_json else examining.as_text(found))
 
 
+def _stage(kind: str, about: str) -> None:
+    """Add the command that runs one kind of stage alone."""
+
+    def command(
+        overrides: Overrides = None,
+        config: Config = None,
+        inputs: Annotated[list[str] | None, typer.Option("--input", metavar="NAME=PATH", help="An input.")] = None,
+        out: Annotated[
+            Path | None, typer.Option(metavar="FOLDER", help="Where to work; runs/STAGE if not given.")
+        ] = None,
+        show: Annotated[bool, typer.Option("--show", help="Print the settings, defaults and all, and stop.")] = False,
+    ) -> None:
+        from whimbrel.pipeline import single
+
+        if show:
+            typer.echo(single.show(kind, config, overrides or ()), nl=False)
+        else:
+            typer.echo(single.run(kind, config, overrides or (), inputs or (), out))
+
+    command.__doc__ = f"Stage: {about}"
+    app.command(kind)(command)
+
+
+for _kind, _about in STAGES.items():
+    _stage(_kind, _about)
+
+
 def _engine(model: str, dtype: str, device: str) -> Engine:
     from whimbrel import Engine, LanguageModel, Tokenizer
     from whimbrel.model.checkpoint import resolve
@@ -173,7 +210,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), 130 if type(error).__name__ == "Stopped" else 1
     if isinstance(error, KeyboardInterrupt):
         return "stopped; what was finished is kept, and the same command goes on from there", 130
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return _system(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "out of memory; make the batch, the context or the model smaller (`whimbrel plan` says what fits)", 1
@@ -182,17 +219,21 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def _usage(error: Any) -> str:
+    """Typer's sentence on one line, with the nearest command or the way to write a setting."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "whimbrel"
-    message = " ".join(str(error.format_message()).split()).rstrip(".")
-    option = str(getattr(error, "option_name", "") or "").lstrip("-").replace("-", "_")
-    setting = f" (settings are written without dashes: {option}=VALUE)" if option else ""
-    return f"{message}{setting}; see: {command} --help"
+    message = " ".join(str(error.format_message()).split()).rstrip(".?")
+    if message.startswith("No such command") and "Did you mean" not in message:
+        message += f"; known: {', '.join(typer.main.get_command(app).commands)}"  # type: ignore[attr-defined]
+    option = str(getattr(error, "option_name", "") or "")
+    if option.startswith("--") and context is not None and any(p.name == "overrides" for p in context.command.params):
+        message += f"; settings are written without dashes: {option.strip('-').replace('-', '_')}=VALUE"
+    return f"{message}; see: {command} --help"
 
 
 def _system(error: OSError) -> tuple[str, int]:
     place = f"{error.filename}" if error.filename else "a file"
-    ways = {
+    ways: dict[int | None, tuple[str, int]] = {
         errno.ENOENT: (f"{place} does not exist (looked in {Path.cwd()})", 2),
         errno.EACCES: (
             f"{place} may not be read or written by this user; choose another place or change its rights",
@@ -205,7 +246,7 @@ def _system(error: OSError) -> tuple[str, int]:
         errno.ENOSPC: (f"no space left on the disk for {place}; free some, then the same command goes on", 1),
         errno.EDQUOT: (f"the disk quota is spent ({place}); free some space, then the same command goes on", 1),
     }
-    return ways.get(error.errno or 0, (f"{error.strerror or error} ({place})", 1))
+    return ways.get(error.errno, (f"{error.strerror or error} ({place})", 1))
 
 
 if __name__ == "__main__":
