@@ -57,6 +57,7 @@ class Classic:
             tie_embeddings=fields.get("tie_word_embeddings", default=False),
             max_position_embeddings=fields.get("max_position_embeddings"),
             initializer_range=fields.get("initializer_range", default=0.02),
+            rescale_prenorm_residual=fields.get("rescale_prenorm_residual", default=False),  # initialisation only
             bos_token_id=fields.ids("bos_token_id", self.usual.get("bos_token_id")),
             eos_token_id=fields.ids("eos_token_id", self.usual.get("eos_token_id")),
             pad_token_id=fields.ids("pad_token_id", None),
@@ -94,6 +95,8 @@ class Classic:
             **rotary_to_hf(config),
             **ids_to_hf(config),
         }
+        if config.rescale_prenorm_residual:
+            said["rescale_prenorm_residual"] = True
         if "mlp_bias" not in self.fixed:
             said["mlp_bias"] = config.mlp_bias
         if "rope_fraction" not in self.fixed:
