@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from whimbrel.errors import UserError, nearest
 from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = 4
 SCAN_CHUNK = 64
 """Tokens of a chunk of the scan in `ops/torch` (not the config's `chunk_size`, which is another implementation's)."""

@@ -1,0 +1,262 @@
+"""Will it fit, and how fast could it be at best? Bytes and floors of serving a model, from its config alone.
+
+Nothing is built and nothing is allocated. The sizes are those of our own engine: weights as loaded, keys and values in
+blocks, recurrent state in slots, the temporary tensors of `ops/torch`. docs/plan.md derives each line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from whimbrel.errors import UserError
+from whimbrel.model import count
+from whimbrel.model.config import LETTERS, ModelConfig
+from whimbrel.units import format_bytes, format_count
+
+BLOCK = 16
+"""Tokens of a block of keys and values (the engine's default)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What serving takes, and the floors no engine can beat with these bytes. Sizes in bytes, times in seconds."""
+
+    model: str
+    pattern: str
+    parameters: int
+    dtype: str
+    kv_dtype: str
+    memory: int
+    context: int
+    batch: int
+    weights_bytes: int
+    kv_bytes: int
+    """Keys and values of `batch` full contexts, in whole blocks."""
+    state_bytes: int
+    """Recurrent state (float32) and convolution tails of `batch` sequences."""
+    activation_bytes: int
+    """Temporary tensors of one chunk of a prompt at the end of the context."""
+    buffer_bytes: int
+    """Temporary tensors of a decoding step of `batch` sequences: states in hand, logits, sampling."""
+    reserve_bytes: int
+    """Kept free for everything else: the runtime, other programs, fragmentation."""
+    total_bytes: int
+    fits: bool
+    largest_batch: int
+    """Sequences that fit if each is given room for its whole context when it is admitted: none ever waits again."""
+    largest_batch_on_demand: int
+    """Sequences that fit if blocks are taken as tokens come, and contexts are half full on average (they start empty and
+    at different times). When they grow past that, the engine sends some back to wait.
+    """
+    largest_context: int | None
+    """Of a single sequence; None without attention, where memory does not depend on the context."""
+    decode_bytes: int
+    """Bytes that move for one token of one sequence at the full context."""
+    decode_bytes_largest: int
+    """The same for one token of each of `largest_batch` sequences; 0 if nothing fits."""
+    decode_tokens_per_second: float | None
+    decode_tokens_per_second_largest: float | None
+    """All sequences together."""
+    prefill_flops: float
+    prefill_seconds: float | None
+    """To read a prompt as long as the context."""
+    bandwidth: float | None
+    peak: float | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values by name."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        return [*_head(self), "", *_sizes(self), "", *_limits(self), *_floors(self), *_warnings(self)]
+
+
+def plan(
+    config: ModelConfig,
+    *,
+    memory: int,
+    context: int,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    kv_dtype: str | None = None,
+    bandwidth: float | None = None,
+    peak: float | None = None,
+    reserve: int = 0,
+    prefill_tokens: int = 512,
+    name: str = "model",
+) -> Plan:
+    """Plan to serve `batch` sequences of `context` tokens in `memory` bytes.
+
+    `bandwidth` bytes/s and `peak` FLOP/s of the device give the floors; without them there are none. `prefill_tokens` is
+    the engine's share of prompts in one step. Raises UserError for numbers below 1 and unknown dtypes.
+    """
+    for setting, value in (
+        ("memory", memory),
+        ("context", context),
+        ("batch", batch),
+        ("prefill_tokens", prefill_tokens),
+    ):
+        if value < 1:
+            works = {"memory": "22GiB", "context": min(8192, config.max_position_embeddings)}.get(setting, 1)
+            raise UserError(f"{setting} is {value}; set {setting} to 1 or more, for example {works}")
+    kv_dtype = kv_dtype or dtype
+    need = _Need(config, dtype, kv_dtype, prefill_tokens, reserve)
+    total = need.fixed(context) + batch * need.sequence(context)
+    largest = max(0, (memory - need.fixed(context)) // need.sequence(context))
+    half = max(0, (memory - need.fixed(context)) // need.sequence(-(-context // 2)))
+    alone = count.decode_bytes(config, context, 1, dtype, kv_dtype)
+    together = count.decode_bytes(config, context, largest, dtype, kv_dtype) if largest else {}
+    per_token = count.flops_per_token(config, context)
+    prompt = _prompt_flops(config, context)
+    return Plan(
+        model=name,
+        pattern=config.pattern,
+        parameters=count.total(config),
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        memory=memory,
+        context=context,
+        batch=batch,
+        weights_bytes=need.weights,
+        kv_bytes=batch * need.kv(context),
+        state_bytes=count.state_bytes(config, batch, dtype),
+        activation_bytes=need.activations(context),
+        buffer_bytes=batch * count.step_bytes(config, dtype),
+        reserve_bytes=reserve,
+        total_bytes=total,
+        fits=total <= memory,
+        largest_batch=largest,
+        largest_batch_on_demand=half if largest else 0,
+        largest_context=need.largest_context(memory),
+        decode_bytes=sum(alone.values()),
+        decode_bytes_largest=sum(together.values()),
+        decode_tokens_per_second=_rate(1, sum(alone.values()), per_token, bandwidth, peak),
+        decode_tokens_per_second_largest=_rate(largest, sum(together.values()), largest * per_token, bandwidth, peak),
+        prefill_flops=prompt,
+        prefill_seconds=_seconds(-(-context // prefill_tokens) * alone["weights"], prompt, bandwidth, peak)
+        if peak
+        else None,
+        bandwidth=bandwidth,
+        peak=peak,
+        warnings=_beyond(config, context),
+    )
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Bytes as functions of the context: what is there once, and what each sequence adds."""
+
+    config: ModelConfig
+    dtype: str
+    kv_dtype: str
+    prefill_tokens: int
+    reserve: int
+
+    @property
+    def weights(self) -> int:
+        return count.weights_bytes(self.config, self.dtype)
+
+    def activations(self, context: int) -> int:
+        return count.activation_bytes(self.config, min(self.prefill_tokens, context), context, self.dtype)
+
+    def fixed(self, context: int) -> int:
+        return self.weights + self.activations(context) + self.reserve
+
+    def kv(self, context: int) -> int:
+        return count.kv_bytes(self.config, -(-context // BLOCK) * BLOCK, 1, self.kv_dtype)
+
+    def sequence(self, context: int) -> int:
+        state = count.state_bytes(self.config, 1, self.dtype)
+        return self.kv(context) + state + count.step_bytes(self.config, self.dtype)
+
+    def largest_context(self, memory: int) -> int | None:
+        """Of one sequence, in whole blocks, by halving: the need grows with the context."""
+        a_block = self.kv(BLOCK)
+        if not a_block:
+            return None
+        low, high = 0, memory // a_block + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.fixed(middle * BLOCK) + self.sequence(middle * BLOCK) <= memory
+            low, high = (middle, high) if fits else (low, middle)
+        return low * BLOCK
+
+
+def _prompt_flops(config: ModelConfig, context: int) -> float:
+    """Operations to read a prompt: every token through the layers, the head for the last one only."""
+    parts = count.flops(config, count.mean_context([context]))
+    return context * (sum(parts.values()) - parts["head"]) + parts["head"]
+
+
+def _seconds(bytes_: float, flops: float, bandwidth: float | None, peak: float | None) -> float:
+    """The longer of moving the bytes and doing the arithmetic; a figure that is not given does not bind."""
+    return max(bytes_ / bandwidth if bandwidth else 0.0, flops / peak if peak else 0.0)
+
+
+def _rate(tokens: int, bytes_: int, flops: float, bandwidth: float | None, peak: float | None) -> float | None:
+    return tokens / _seconds(bytes_, flops, bandwidth, peak) if tokens and bandwidth else None
+
+
+def _beyond(config: ModelConfig, context: int) -> tuple[str, ...]:
+    trained = config.max_position_embeddings
+    if context <= trained:
+        return ()
+    return (
+        f"{context:,} tokens are more than the model was made for (max_position_embeddings={trained:,}); "
+        "answers may degrade",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- for people
+
+
+def _head(plan: Plan) -> list[str]:
+    kinds = ", ".join(
+        f"{plan.pattern.count(letter)} {word}" for letter, word in LETTERS.items() if letter in plan.pattern
+    )
+    return [f"{plan.model}: {format_count(plan.parameters)} parameters in {len(plan.pattern)} layers ({kinds})"]
+
+
+def _sizes(plan: Plan) -> list[str]:
+    sequences = "1 sequence" if plan.batch == 1 else f"{plan.batch:,} sequences"
+    rows = [
+        ("weights", plan.weights_bytes, plan.dtype),
+        ("keys and values", plan.kv_bytes, f"{plan.context:,} tokens for {sequences}, {plan.kv_dtype}"),
+        ("recurrent state", plan.state_bytes, f"{sequences}, float32"),
+        ("activations", plan.activation_bytes, "while a prompt is read"),
+        ("buffers", plan.buffer_bytes, "of a decoding step"),
+        ("reserve", plan.reserve_bytes, "kept free"),
+    ]
+    lines = [f"  {name:<16} {format_bytes(size):>11}  {what}" for name, size, what in rows if size]
+    spare = plan.memory - plan.total_bytes
+    verdict = f"fits, {format_bytes(spare)} to spare" if plan.fits else f"does not fit, {format_bytes(-spare)} too much"
+    return [*lines, f"  {'total':<16} {format_bytes(plan.total_bytes):>11}  of {format_bytes(plan.memory)}: {verdict}"]
+
+
+def _limits(plan: Plan) -> list[str]:
+    context = "any" if plan.largest_context is None else f"{plan.largest_context:,} tokens"
+    return [
+        f"  largest batch    {plan.largest_batch:,} with whole contexts reserved, "
+        f"{plan.largest_batch_on_demand:,} paged on demand (contexts half full)",
+        f"  largest context  {context} for one sequence",
+    ]
+
+
+def _floors(plan: Plan) -> list[str]:
+    lines = []
+    if plan.decode_tokens_per_second and plan.bandwidth:
+        text = f"  decoding         at most {plan.decode_tokens_per_second:,.4g} tokens/s for one sequence"
+        if plan.decode_tokens_per_second_largest and plan.largest_batch > 1:
+            text += f", {plan.decode_tokens_per_second_largest:,.4g} for {plan.largest_batch:,} together"
+        lines.append(f"{text}, at {plan.bandwidth / 1e9:,.4g} GB/s")
+    if plan.prefill_seconds and plan.peak:
+        seconds = f"{plan.prefill_seconds:,.3g} s"
+        lines.append(f"  a full prompt    at least {seconds}, at {plan.peak / 1e12:,.4g} TFLOP/s")
+    return lines
+
+
+def _warnings(plan: Plan) -> list[str]:
+    return [f"  warning: {text}" for text in plan.warnings]

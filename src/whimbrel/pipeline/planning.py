@@ -1,0 +1,82 @@
+"""`whimbrel plan`: find the shape that a user means, measure or take the machine's speed, and plan.
+
+MODEL is a preset, a recipe (its first pretrained model), a checkpoint folder, a `.gguf` file, a fetched model's name or a
+hub id, looked for in this order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from whimbrel.engine.plan import Plan, plan
+from whimbrel.errors import UserError, nearest
+from whimbrel.model import checkpoint, fetch
+from whimbrel.model.config import ModelConfig
+from whimbrel.model.presets import PRESETS
+from whimbrel.ops import machine
+from whimbrel.pipeline import recipe as recipes
+from whimbrel.text.tokenizer import Tokenizer
+from whimbrel.train.stages import PretrainSettings, model_config
+from whimbrel.units import parse_bandwidth, parse_bytes, parse_flops
+
+
+def run(
+    model: str,
+    memory: str,
+    context: int,
+    *,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    bandwidth: str | None = None,
+    peak: str | None = None,
+    reserve: str | None = None,
+) -> Plan:
+    """The plan for a model in the user's words.
+
+    `memory` and `reserve` are sizes such as 22GiB; `bandwidth` a rate such as 600GB/s, measured on this machine's GPU or CPU if
+    None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read, and for a model that is nowhere.
+    """
+    config = find(model)
+    size = parse_bytes(memory, "memory")
+    speed = machine.bandwidth(_device()) if bandwidth is None else parse_bandwidth(bandwidth)
+    return plan(
+        config,
+        memory=size,
+        context=context,
+        batch=batch,
+        dtype=dtype,
+        bandwidth=speed,
+        peak=None if peak is None else parse_flops(peak),
+        reserve=0 if reserve is None else parse_bytes(reserve, "reserve"),
+        name=model,
+    )
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find(model: str) -> ModelConfig:
+    """The config that a preset's name, a recipe, a path, a fetched name or a hub id stands for."""
+    if model in PRESETS:
+        return PRESETS[model]
+    path = Path(model).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        return _of_recipe(path)
+    if not path.exists() and "/" not in model and model not in fetch.WHEELS:
+        known = nearest(model, [*PRESETS, *fetch.WHEELS])
+        raise UserError(f"{model!r} is no preset, recipe, folder, .gguf file or fetched model; {known}")
+    return checkpoint.load_config(path if path.exists() else model)
+
+
+def _of_recipe(path: Path) -> ModelConfig:
+    """The model of the first stage `pretrain`, with the vocabulary of its tokenizer."""
+    nodes = {node.name: node for node in recipes.read(path).nodes}
+    for node in nodes.values():
+        if isinstance(node.settings, PretrainSettings):
+            source = node.inputs["tokenizer"]
+            size = nodes[source].settings.vocab_size if isinstance(source, str) else Tokenizer.load(source).vocab_size
+            return model_config({"vocab_size": size} | node.settings.model)
+    raise UserError(f"{path} has no stage pretrain, so no model of its own; plan one of its checkpoints")
