@@ -60,13 +60,8 @@ class Engine:
         prefill_tokens: int = 512,
         report: Report = warn,
     ) -> None:
-        sizes = {
-            "max_sequences": max_sequences,
-            "kv_tokens": kv_tokens or 1,
-            "block_size": block_size,
-            "prefill_tokens": prefill_tokens,
-        }
-        for name, value in sizes.items():
+        sizes = {"max_sequences": max_sequences, "block_size": block_size, "prefill_tokens": prefill_tokens}
+        for name, value in (sizes if kv_tokens is None else sizes | {"kv_tokens": kv_tokens}).items():
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1; set {name} to 16")
         if tokenizer.vocab_size > model.config.vocab_size:

@@ -15,10 +15,13 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 def read_prompt(prompt: Prompt, tokenizer: Tokenizer, thinking: bool, vocabulary: int) -> tuple[tuple[int, ...], bool]:
     """(ids, opened). Messages go through the chat template, with its thinking or its plain form; text and ids stay as
-    they are.
+    they are. Anything else raises `UserError`.
 
     `opened` says that the answer starts inside a thought. What a user wrote in a message never opens one.
     """
+    if not isinstance(prompt, Sequence):
+        one = "one message outside of a list" if isinstance(prompt, Mapping) else repr(prompt)
+        raise UserError(f"the prompt is {one}; give text, a list of messages, or a list of ids")
     if isinstance(prompt, str):
         ids, opened = tokenizer.encode(prompt, bos=tokenizer.adds_bos), _open_at_end(prompt)
     elif prompt and isinstance(prompt[0], Mapping):
@@ -38,8 +41,6 @@ def _open_at_end(text: str) -> bool:
 
 def _checked(prompt: Sequence[Any], vocabulary: int) -> list[int]:
     """Ids as a list of whole numbers inside the vocabulary."""
-    if isinstance(prompt, Mapping):
-        raise UserError("a prompt is one message; put it in a list: [{'role': 'user', 'content': …}]")
     for token in prompt:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
             raise UserError(f"prompt holds {token!r}; a prompt is text, messages, or ids from 0 to {vocabulary - 1}")

@@ -1,0 +1,93 @@
+"""The sampler against a plain float64 definition, and its randomness row by row."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from whimbrel.engine.sampler import Draw, sample, top_log_probs, uniform
+from whimbrel.engine.sampling import Sampling
+
+
+def expected(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The distribution a row is drawn from, by the definitions and one token at a time."""
+    probs = (logits.double() / sampling.temperature).softmax(-1)
+    order = sorted(range(len(probs)), key=lambda token: -probs[token])
+    order = order[: sampling.top_k or len(order)]
+    total = sum(float(probs[token]) for token in order)
+    kept, mass = [], 0.0
+    for token in order:
+        if mass < sampling.top_p * total and probs[token] >= sampling.min_p * probs[order[0]]:
+            kept.append(token)
+        mass += float(probs[token])
+    out = torch.zeros_like(probs)
+    out[kept] = probs[kept] / probs[kept].sum()
+    return out
+
+
+SETTINGS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.5, top_k=3),
+    Sampling(temperature=1.3, top_p=0.7),
+    Sampling(temperature=1.0, top_k=5, top_p=0.8),
+    Sampling(temperature=1.0, min_p=0.3),
+    Sampling(temperature=1.0, top_p=0.95, min_p=0.1),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_frequencies_follow_the_definition(sampling):
+    logits = 2 * torch.randn(12, generator=torch.Generator().manual_seed(1))
+    rows = 4000
+    drawn = sample(logits.expand(rows, -1), [Draw(sampling, 7, 0, position) for position in range(rows)])
+    share = torch.bincount(torch.tensor(drawn), minlength=12) / rows
+    wanted = expected(logits, sampling)
+    assert set(drawn) <= set(wanted.nonzero().flatten().tolist())
+    assert (share - wanted).abs().max() < 0.03
+
+
+def test_a_flat_row_over_many_tokens_is_truncated_exactly():
+    """More tokens than the likeliest 1024 carry top_p: the whole row has to be ordered."""
+    logits = torch.linspace(0, 0.1, 3000)
+    sampling = Sampling(temperature=1.0, top_p=0.9)
+    allowed = set(expected(logits, sampling).nonzero().flatten().tolist())
+    drawn = sample(logits.expand(3000, -1), [Draw(sampling, 0, 0, position) for position in range(3000)])
+    assert set(drawn) <= allowed
+    assert min(drawn) < min(allowed) + 30, "the unlikely end of what is kept is drawn too"
+
+
+def test_a_row_does_not_depend_on_its_mates():
+    logits = torch.randn(6, 2000, generator=torch.Generator().manual_seed(2)) * 3
+    draws = [Draw(sampling, row + 3, row, 5) for row, sampling in enumerate([*SETTINGS[:5], Sampling()])]
+    together = sample(logits, draws)
+    assert together == [sample(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
+    assert together[::-1] == sample(logits.flip(0), draws[::-1])
+
+
+def test_penalty_pushes_used_tokens_down_whatever_their_sign():
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.4]])
+    before = logits.clone()
+    used = torch.tensor([True, False, True, False])
+    draw = Draw(Sampling(repetition_penalty=1.5), 0, 0, 0, used)
+    assert sample(logits, [draw]) == [1]  # 2.0 / 1.5 falls below 1.5
+    low = torch.full((1, 4), -9.0)
+    low[0, 2:] = torch.tensor([-1.0, -1.4])
+    assert sample(low, [draw]) == [3]  # -1.0 * 1.5 falls below -1.4
+    assert torch.equal(logits, before), "the caller's logits stay as they are"
+
+
+def test_uniform_numbers_differ_by_every_argument_and_fill_the_interval():
+    values = [uniform(seed, number, position) for seed in range(10) for number in range(10) for position in range(10)]
+    assert len(set(values)) == 1000 and all(0 <= value < 1 for value in values)
+    tenths = Counter(int(value * 10) for value in values)
+    assert min(tenths.values()) > 65 and max(tenths.values()) < 140
+
+
+def test_log_probabilities_of_the_chosen_and_the_likeliest():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    chosen, top = top_log_probs(logits, 0, 2)
+    reference = logits.double().log_softmax(-1)
+    assert chosen == pytest.approx(float(reference[0]), abs=1e-6)
+    assert [token for token, _ in top] == [1, 2]
+    assert [value for _, value in top] == pytest.approx(reference[[1, 2]].tolist(), abs=1e-6)
+    assert top_log_probs(logits, 1, 0)[1] == ()
