@@ -46,8 +46,8 @@ class Plan:
     largest_batch: int
     """Sequences that fit if each is given room for its whole context when it is admitted: none ever waits again."""
     largest_batch_on_demand: int
-    """Sequences that fit if blocks are taken as tokens come, and contexts are half full on average (they start empty and
-    at different times). When they grow past that, the engine sends some back to wait.
+    """Sequences that fit if blocks are taken as tokens come, and contexts are half full on average (they start empty
+    and at different times). When they grow past that, the engine sends some back to wait.
     """
     largest_context: int | None
     """Of a single sequence; None without attention, where memory does not depend on the context."""
@@ -90,8 +90,8 @@ def plan(
 ) -> Plan:
     """Plan to serve `batch` sequences of `context` tokens in `memory` bytes.
 
-    `bandwidth` bytes/s and `peak` FLOP/s of the device give the floors; without them there are none. `prefill_tokens` is
-    the engine's share of prompts in one step. Raises UserError for numbers below 1 and unknown dtypes.
+    `bandwidth` bytes/s and `peak` FLOP/s of the device give the floors; without them there are none. `prefill_tokens`
+    is the engine's share of prompts in one step. Raises UserError for numbers below 1 and unknown dtypes.
     """
     for setting, value in (
         ("memory", memory),

@@ -1,7 +1,7 @@
 """`whimbrel plan`: find the shape that a user means, measure or take the machine's speed, and plan.
 
-MODEL is a preset, a recipe (its first pretrained model), a checkpoint folder, a `.gguf` file, a fetched model's name or a
-hub id, looked for in this order.
+MODEL is a preset, a recipe (its first pretrained model), a checkpoint folder, a `.gguf` file, a fetched model's name or
+a hub id, looked for in this order.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def run(
 ) -> Plan:
     """The plan for a model in the user's words.
 
-    `memory` and `reserve` are sizes such as 22GiB; `bandwidth` a rate such as 600GB/s, measured on this machine's GPU or CPU if
-    None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read, and for a model that is nowhere.
+    `memory` and `reserve` are sizes such as 22GiB; `bandwidth` a rate such as 600GB/s, measured on this machine's GPU or
+    CPU if None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read, and for a model that is nowhere.
     """
     config = find(model)
     size = parse_bytes(memory, "memory")
