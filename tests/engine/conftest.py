@@ -75,7 +75,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def speaker(tokenizer: Tokenizer) -> Callable[[str], LanguageModel]:
-    """Networks that write a given text: after each of its characters (all different) comes the next, after the last the first."""
+    """Networks that write a given text round and round: after each of its characters (all different) the next."""
     config = ModelConfig(pattern="-", vocab_size=VOCABULARY, hidden_size=VOCABULARY, intermediate_size=1)
 
     def make(text: str) -> LanguageModel:

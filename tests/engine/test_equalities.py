@@ -1,6 +1,6 @@
-"""However an answer was computed (in chunks, in a crowd, after preemption, in whatever order), it is the one-pass answer.
+"""However an answer was computed (in chunks, in a crowd, preempted, in any order), it is the one-pass answer.
 
-Teacher-forced log-probabilities within 1e-4 in float32; greedy tokens equal wherever the two best differ by more than 2e-4.
+Teacher-forced log-probabilities within 1e-4 in float32; greedy tokens equal wherever the best leads by more than 2e-4.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def prompts_of(lengths, seed=0):
 
 @torch.inference_mode()
 def one_pass(model, prompt, ids):
-    """Log-probabilities [len(ids), V] of every next token by one plain forward over prompt and answer, without a state."""
+    """Log-probabilities [len(ids), V] of every next token by one plain forward without a state."""
     tokens = torch.tensor([*prompt, *ids[:-1]])
     hidden = model(tokens, Layout.of([len(tokens)]))
     return model.head(hidden[len(prompt) - 1 :]).log_softmax(-1)
 
 
 def check(model, prompt, answer, greedy):
-    """The answer's log-probabilities are those of one pass, and a greedy answer took the best token wherever that is clear."""
+    """Log-probabilities are those of one pass, and a greedy answer took the best token wherever that is clear."""
     reference = one_pass(model, prompt, answer.ids)
     chosen = reference[torch.arange(len(answer.ids)), torch.tensor(answer.ids)]
     assert (torch.tensor(answer.logprobs) - chosen).abs().max() < TOLERANCE
@@ -87,7 +87,7 @@ def test_any_batch_any_split_any_memory_gives_the_one_pass_answer(
 
 
 def test_prefill_and_decode_equal_one_pass_for_each_length(model, tokenizer):
-    """Lengths around the block, the chunk of a prefill and the convolution's width; here a state one token late would show."""
+    """Lengths around the block, the prefill and the convolution; a state taken one token late would show."""
     for length in (1, 3, 4, 16, 17, 33):
         (prompt,) = prompts_of([length], seed=length)
         for prefill_tokens in (1, 3, 64):
@@ -152,7 +152,7 @@ def test_score_equals_what_decoding_saw(model, tokenizer):
 
 
 def test_new_weights_in_flight_are_computed_anew(tokenizer, hybrid, make_model):
-    """After a change of weights nothing of the old state is read: the rest of the answer is the new model's, given the tokens so far."""
+    """Nothing of the old state is read: the rest of the answer is the new model's, given the tokens so far."""
 
     first, second = (make_model(hybrid.config, seed) for seed in (3, 4))
     prompts = prompts_of([10, 20])

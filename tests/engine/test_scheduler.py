@@ -1,4 +1,4 @@
-"""Slots and blocks under arbitrary traffic: nothing is owned twice, nothing is lost, everybody finishes, the oldest first."""
+"""Slots and blocks under arbitrary traffic: nothing is owned twice, nothing is lost, everybody finishes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_any_traffic_keeps_the_books_and_comes_to_an_end(tokenizer, data, prefil
 
 
 def test_the_youngest_gives_way_and_comes_back_first(tokenizer):
-    pool = make_pool(slots=3, kv_tokens=24)
+    pool = make_pool(slots=3, kv_tokens=28)
     scheduler = Scheduler(pool, 64)
     old, young, later = (make_sequence(tokenizer, 10, 12, number) for number in range(3))
     for sequence in (old, young):

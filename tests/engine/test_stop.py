@@ -27,7 +27,7 @@ def test_any_cut_shows_the_text_before_the_first_stop(data, text, strings):
         assert not places and shown == text
     else:
         assert stops.hit in strings and text.startswith(shown + stops.hit)
-        # Pieces may end inside a longer string that began earlier; what is shown never reaches past the first complete one.
+        # A piece may end inside a longer string that began earlier; nothing past a complete one is shown.
         assert len(shown) <= max(places)
 
 

@@ -13,7 +13,7 @@ def encode(text):
 
 
 def run(pieces, *, opened=True, budget=None, grace=500):
-    """Feed pieces; where the machine asks for ids, those come first. Returns the machine, thought, answer, and all that was written."""
+    """Feed pieces, but first the ids the machine asks for. Returns machine, thought, answer, all that was written."""
     machine = Thinking(opened=opened, budget=budget, grace=grace, encode=encode)
     shown = {"thinking": "", "answer": ""}
     written, pieces = [], list(pieces)
@@ -92,7 +92,7 @@ def test_the_opening_tag_is_not_counted():
 
 
 def test_a_tag_that_the_model_has_begun_is_completed_not_repeated():
-    machine, thought, answer, written = run(["a", "b</", "x"], budget=2, grace=0)
+    _, thought, answer, written = run(["a", "b</", "x"], budget=2, grace=0)
     assert "".join(written) == "ab" + CLOSE + "x" and (thought, answer) == ("ab", "x")
 
 
