@@ -1,4 +1,4 @@
-"""Run: pytest tests/pipeline/test_planning.py. Every way to name a model leads to its shape; nonsense is one clear line."""
+"""Run: pytest tests/pipeline/test_planning.py. Every way to name a model leads to its shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ stages:
   documents: {{stage: data, inputs: {{pages: {pages}}}}}
   words: {{stage: tokenizer, inputs: {{documents: documents}}, config: {{vocab_size: 777}}}}
   tokens: {{stage: tokens, inputs: {{documents: documents, tokenizer: words}}}}
-  pretrain: {{stage: pretrain, inputs: {{tokens: tokens, tokenizer: words}}, config: {{model: {{preset: hybrid-tiny, hidden_size: 96}}}}}}
+  pretrain:
+    stage: pretrain
+    inputs: {{tokens: tokens, tokenizer: words}}
+    config: {{model: {{preset: hybrid-tiny, hidden_size: 96}}}}
 """
 
 

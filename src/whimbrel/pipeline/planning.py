@@ -35,8 +35,8 @@ def run(
 ) -> Plan:
     """The plan for a model in the user's words.
 
-    `memory` and `reserve` are sizes such as 22GiB; `bandwidth` a rate such as 600GB/s, measured on this machine's GPU or
-    CPU if None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read, and for a model that is nowhere.
+    `memory` and `reserve` are sizes such as 22GiB; `bandwidth` a rate such as 600GB/s, measured on this machine's GPU
+    or CPU if None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read, and for a model that is nowhere.
     """
     config = find(model)
     size = parse_bytes(memory, "memory")
