@@ -108,13 +108,36 @@ def test_the_phases_of_the_paper_and_a_cap() -> None:
 
 
 def test_a_step_needs_none_before_it() -> None:
-    sources = {"a": Marked(0, 10**9), "b": Marked(1, 10**9), "c": Marked(2, 10**9)}
+    sources = {"a": Far(0), "b": Far(1), "c": Far(2)}
     blend = Blend(sources, [Phase(1.0, {"a": 0.2, "b": 0.3, "c": 0.5})], batch_rows=10, batches=10**8)
-    tokens = [blend.batch(step).tokens_T for step in (99_999_999, 12_345_678)]
-    again = Blend(sources, blend.phases, 10, 10**8).batch(12_345_678)
-    assert np.array_equal(tokens[1], again.tokens_T)
-    assert sorted(np.bincount(tokens[1] // 1_000_000 // 1000 % 7, minlength=1).tolist()) is not None
-    assert len(tokens[0]) == 10
+    last = [divmod(token, FAR) for token in blend.batch(10**8 - 1).tokens_T.tolist()]
+    assert {source: max(i for s, i in last if s == source) for source in range(3)} == {
+        0: 2 * 10**8 - 1,
+        1: 3 * 10**8 - 1,
+        2: 5 * 10**8 - 1,
+    }
+    two = [divmod(token, FAR) for step in (12_345_678, 12_345_679) for token in blend.batch(step).tokens_T.tolist()]
+    for source, rows_of_20 in enumerate((4, 6, 10)):  # the middle of a long run goes on without gap or repeat
+        mine = [index for s, index in two if s == source]
+        assert mine == list(range(mine[0], mine[0] + len(mine))) and abs(len(mine) - rows_of_20) <= 1
+
+
+FAR = 10**10
+
+
+@dataclass(frozen=True)
+class Far:
+    """A source with more rows than anybody walks through."""
+
+    source: int
+    count: int = 10**9
+
+    def row(self, index: int) -> Row:
+        token = np.array([self.source * FAR + index])
+        return Row(token, token, (1,))
+
+    def tokens_between(self, start: int, stop: int) -> int:
+        return stop - start
 
 
 @pytest.mark.parametrize(

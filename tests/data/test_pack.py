@@ -1,6 +1,7 @@
 """Packed rows against a slow obvious reference: every token once an epoch, targets inside documents only."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_windows(
         pieces = np.split(row.tokens_T, np.cumsum(row.lengths)[:-1])
         owners = [{where[token] for token in piece.tolist()} for piece in pieces]
         assert all(len(owner) == 1 for owner in owners)  # a piece is of one document,
-        assert all(a != b for a, b in zip(owners, owners[1:], strict=False))  # the next one of another
+        assert all(a != b for a, b in pairwise(owners))  # the next one of another
     assert seen == Counter({token: 1 for token in targets})
     start = epoch * windows.count
     assert windows.tokens_between(start, start + windows.count) == tokens.tokens

@@ -98,24 +98,36 @@ def _warc(file: Path, source: str, max_bytes: int) -> Iterator[Page]:
     warc = need("fastwarc.warc", "data")
     pages = 0
     with open(file, "rb") as raw:
-        stream: BinaryIO = gzip.GzipFile(fileobj=raw) if raw.read(2) == b"\x1f\x8b" else raw  # type: ignore[assignment]
+        stream: BinaryIO = gzip.GzipFile(fileobj=raw) if _is_gzip(raw) else raw  # type: ignore[assignment]
         raw.seek(0)
         records = iter(warc.ArchiveIterator(stream, parse_http=False, record_types=warc.response))
         while True:
             try:
                 record = next(records, None)
                 if record is None:
-                    break
+                    _check_end(raw)
+                    return
                 page = _page(record, source, max_bytes)
             except (EOFError, OSError, zlib.error, ValueError) as error:
                 raise Damaged(
-                    f"{file} is damaged after {pages} pages ({raw.tell()} of {file.stat().st_size} bytes: {error}); "
+                    f"{file} is damaged after {pages} pages ({file.stat().st_size} bytes; {error}); "
                     "get the file again, or set damaged to keep to go on with what was read"
                 ) from None
             pages += 1
             yield page
-    if not file.stat().st_size:
-        raise Damaged(f"{file} is empty; get the file again, or set damaged to keep to go on without it")
+
+
+def _check_end(raw: BinaryIO) -> None:
+    """A record ends in two line ends; an archive that is not compressed can be cut where the reader does not mind."""
+    size = raw.seek(0, 2)
+    raw.seek(max(size - 4, 0))
+    if raw.read(4) != b"\r\n\r\n" and not _is_gzip(raw):
+        raise EOFError("the last record has no end")
+
+
+def _is_gzip(raw: BinaryIO) -> bool:
+    raw.seek(0)
+    return raw.read(2) == b"\x1f\x8b"
 
 
 def _page(record: Any, source: str, max_bytes: int) -> Page:

@@ -43,8 +43,8 @@ class DataSettings(Settings):
     languages: tuple[str, ...] = ("en",)
     """ISO 639 codes of the languages to keep; an empty list keeps all."""
     min_language_score: float = Field(default=0.3, ge=0, le=1)
-    skip: tuple[str, ...] = ("nav", ".navheader", ".navfooter", ".headerlink", ".viewcode-link")
-    """CSS selectors of what is no prose: navigation as DocBook and Sphinx write it."""
+    skip: tuple[str, ...] = (".navheader", ".navfooter")
+    """CSS selectors of what is no prose beside what is recognised anyway; these are DocBook's navigation."""
     licenses: dict[str, str] = Field(default_factory=dict)
     """Licence (SPDX) by the beginning of the address; the longest beginning wins."""
     limits: Limits = Limits()
