@@ -132,6 +132,31 @@ def generate(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A preset, recipe, folder, .gguf file, fetched name or hub id.")
+    ],
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="What the device has, for instance 22GiB.")],
+    context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a sequence, prompt and answer.")],
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Numbers of weights and cache.")] = "bfloat16",
+    bandwidth: Annotated[
+        str | None, typer.Option(metavar="RATE", help="For instance 600GB/s; measured here if not given.")
+    ] = None,
+    peak: Annotated[str | None, typer.Option(metavar="RATE", help="For instance 125TFLOP/s; for prompts.")] = None,
+    reserve: Annotated[str | None, typer.Option(metavar="SIZE", help="Kept free for everything else.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether a model fits, with which batch and context, and how fast it could be at best."""
+    from whimbrel.pipeline import planning
+
+    made = planning.run(
+        model, memory, context, batch=batch, dtype=dtype, bandwidth=bandwidth, peak=peak, reserve=reserve
+    )
+    typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(made.lines()))
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, which fast paths are active, and why not the others."""
     from whimbrel import doctor as examining

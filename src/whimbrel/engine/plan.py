@@ -105,12 +105,8 @@ def plan(
     kv_dtype = kv_dtype or dtype
     need = _Need(config, dtype, kv_dtype, prefill_tokens, reserve)
     total = need.fixed(context) + batch * need.sequence(context)
-    largest = max(0, (memory - need.fixed(context)) // need.sequence(context))
-    half = max(0, (memory - need.fixed(context)) // need.sequence(-(-context // 2)))
-    alone = count.decode_bytes(config, context, 1, dtype, kv_dtype)
-    together = count.decode_bytes(config, context, largest, dtype, kv_dtype) if largest else {}
-    per_token = count.flops_per_token(config, context)
-    prompt = _prompt_flops(config, context)
+    room = max(0, memory - need.fixed(context))
+    largest = room // need.sequence(context)
     return Plan(
         model=name,
         pattern=config.pattern,
@@ -129,20 +125,30 @@ def plan(
         total_bytes=total,
         fits=total <= memory,
         largest_batch=largest,
-        largest_batch_on_demand=half if largest else 0,
+        largest_batch_on_demand=room // need.sequence(-(-context // 2)) if largest else 0,
         largest_context=need.largest_context(memory),
-        decode_bytes=sum(alone.values()),
-        decode_bytes_largest=sum(together.values()),
-        decode_tokens_per_second=_rate(1, sum(alone.values()), per_token, bandwidth, peak),
-        decode_tokens_per_second_largest=_rate(largest, sum(together.values()), largest * per_token, bandwidth, peak),
-        prefill_flops=prompt,
-        prefill_seconds=_seconds(-(-context // prefill_tokens) * alone["weights"], prompt, bandwidth, peak)
-        if peak
-        else None,
         bandwidth=bandwidth,
         peak=peak,
         warnings=_beyond(config, context),
+        **_floor(need, context, largest, bandwidth, peak),
     )
+
+
+def _floor(need: _Need, context: int, largest: int, bandwidth: float | None, peak: float | None) -> dict[str, Any]:
+    """The fields of a plan that are about speed."""
+    alone = count.decode_bytes(need.config, context, 1, need.dtype, need.kv_dtype)
+    together = count.decode_bytes(need.config, context, largest, need.dtype, need.kv_dtype) if largest else {}
+    one, all_ = sum(alone.values()), sum(together.values())
+    flops, prompt = count.flops_per_token(need.config, context), _prompt_flops(need.config, context)
+    read = -(-context // need.prefill_tokens) * alone["weights"]
+    return {
+        "decode_bytes": one,
+        "decode_bytes_largest": all_,
+        "decode_tokens_per_second": _rate(1, one, flops, bandwidth, peak),
+        "decode_tokens_per_second_largest": _rate(largest, all_, largest * flops, bandwidth, peak),
+        "prefill_flops": prompt,
+        "prefill_seconds": _seconds(read, prompt, bandwidth, peak) if peak else None,
+    }
 
 
 @dataclass(frozen=True)

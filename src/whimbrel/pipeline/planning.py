@@ -36,7 +36,7 @@ def run(
     """The plan for a model in the user's words.
 
     `memory` and `reserve` are sizes such as 22GiB; `bandwidth` a rate such as 600GB/s, measured on this machine's GPU
-    or CPU if None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read, and for a model that is nowhere.
+    or CPU if None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read and for an unknown model.
     """
     config = find(model)
     size = parse_bytes(memory, "memory")
