@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -224,7 +224,7 @@ class Engine:
             for sequence in ahead:
                 self.abort(sequence)
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
         """One answer piece by piece; the last carries it whole. Leaving the iterator early takes the request back."""
         sampling = sampling or Sampling()
         if sampling.n != 1:
