@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from whimbrel.events import Report, silent
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.language import LanguageModel
+from whimbrel.train.loop import TrainSettings, pretrain
+from whimbrel.train.optimizer import OptimizerSettings
+from whimbrel.train.schedule import ScheduleSettings
 
 VOCABULARY = 31
 CONFIG = ModelConfig(
@@ -60,5 +68,40 @@ def pack(documents: list[NDArray[np.int64]]) -> TinyBatch:
 
 
 def tiny_model(seed: int = 0) -> LanguageModel:
-    """A hybrid of four layers with random weights."""
-    return LanguageModel(CONFIG).initialise(seed)
+    """A hybrid of four layers. Every parameter is random, also those that training starts from 0 or 1."""
+    model = LanguageModel(CONFIG).initialise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tiny_settings(**changes: Any) -> TrainSettings:
+    """A run of 12 steps of two micro-batches on one thread."""
+    settings = TrainSettings(
+        steps=12,
+        accumulate=2,
+        threads=1,
+        validate_every=5,
+        validate_batches=2,
+        checkpoint_every=5,
+        tensorboard=False,
+        optimizer=OptimizerSettings(learning_rate=0.01),
+        schedule=ScheduleSettings(warmup_steps=2),
+    )
+    return replace(settings, **changes)
+
+
+def tiny_train(folder: Path, report: Report = silent, **changes: Any) -> LanguageModel:
+    """Run the tiny training in a folder; returns the model it ends with."""
+    model = tiny_model()
+    pretrain(tiny_settings(**changes), TinySource(0), TinySource(1), model, folder, report)
+    return model
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """The lines of the metrics file without what depends on the clock."""
+    clock = ("seconds", "tokens_per_second", "mfu")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]

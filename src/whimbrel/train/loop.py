@@ -56,7 +56,7 @@ class TrainSettings:
     clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     precision: str = "auto"
-    """`float32`, `bfloat16` (autocast over float32 weights), or `auto`: bfloat16 on a GPU, float32 elsewhere."""
+    """`float32`, `bfloat16` (autocast over float32 weights; GPU only), or `auto`: the best that works."""
     recompute: bool = False
     """Activation checkpointing: less memory, about a third more time."""
     threads: int = 0
@@ -87,7 +87,9 @@ class TrainSettings:
         self.schedule.check(self.steps)
 
     def precision_on(self, device: torch.device) -> str:
-        """`float32` or `bfloat16`."""
+        """`float32` or `bfloat16`. On a CPU the latter is emulated, slow, and on some machines fatal: it is refused."""
+        if self.precision == "bfloat16" and device.type == "cpu":
+            raise UserError("train.precision is 'bfloat16', which needs a GPU; set train.precision to float32 or auto")
         return self.precision if self.precision != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 
 

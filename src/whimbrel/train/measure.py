@@ -65,14 +65,15 @@ class MetricsFile:
         self.path = path
         self.lost = offset - path.stat().st_size if path.exists() else offset
         """Bytes that the checkpoint knows of and the file has no more; above 0 somebody removed lines."""
-        self.file = open(path, "ab")  # noqa: SIM115 - lives as long as the loop
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the loop
         self.file.truncate(min(offset, self.file.seek(0, os.SEEK_END)))
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line."""
         with disk_errors(str(self.path)):
-            self.file.write(json.dumps(record).encode() + b"\n")
-            self.file.flush()
+            line = json.dumps(record).encode() + b"\n"
+            while line:
+                line = line[self.file.write(line) :]
 
     def sync(self) -> int:
         """Flush to the disk; returns the length in bytes."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whimbrel.errors import UserError
 from whimbrel.events import Report
-from whimbrel.model.config import ModelConfig
+from whimbrel.model.config import ATTENTION, ModelConfig
 from whimbrel.model.language import LanguageModel, Layer
 from whimbrel.model.layout import Layout
 from whimbrel.units import format_bytes
@@ -28,29 +28,34 @@ def training_bytes(model: LanguageModel, lengths: Sequence[int], precision: str,
     """
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    dtype = torch.bfloat16 if precision == "bfloat16" else model.dtype
-    activations = activation_bytes(model.config, lengths, dtype, recompute)
+    activations = activation_bytes(model.config, lengths, getattr(torch, precision), recompute)
     return {"weights": weights, "gradients": trained, "moments": 2 * trained, "activations": activations}
 
 
 def activation_bytes(config: ModelConfig, lengths: Sequence[int], dtype: torch.dtype, recompute: bool) -> int:
-    """Bytes kept for the backward, found by running one layer of each kind on torch's meta device, where tensors
-    have no numbers.
+    """Bytes kept for the backward in `dtype`, found by running one layer of each kind on torch's meta device.
 
     With `recompute` it is the input of every layer, and everything of the largest one.
     """
-    layout = Layout.of(lengths, device="meta")
-    kept = {letter: _kept(config, config.pattern.index(letter), layout, dtype) for letter in set(config.pattern)}
-    row = sum(lengths) * config.hidden_size * dtype.itemsize
+    tokens = sum(lengths)
+    kept = {}
+    for letter in set(config.pattern):
+        if letter == ATTENTION:
+            # The meta device has only the attention that keeps all scores, a n + b n². Real ones keep a n.
+            one, two = (_kept(config, letter, (n,), dtype) for n in (64, 128))
+            kept[letter] = tokens * (4 * one - two) // 128
+        else:
+            kept[letter] = _kept(config, letter, lengths, dtype)
+    row = tokens * config.hidden_size * torch.float32.itemsize  # the residual stream stays in float32
     ends = 3 * row  # embedded tokens, input and output of the last norm
     if recompute:
         return ends + config.layers * row + max(kept.values())
     return ends + sum(kept[letter] for letter in config.pattern)
 
 
-def _kept(config: ModelConfig, index: int, layout: Layout, dtype: torch.dtype) -> int:
-    """Bytes of the different tensors that autograd keeps for one layer, its parameters left out."""
-    layer = Layer(config, index, "meta", dtype)
+def _kept(config: ModelConfig, letter: str, lengths: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of the different tensors that autograd keeps for one layer of this kind, its parameters left out."""
+    layer = Layer(config, config.pattern.index(letter), "meta", dtype)
     own = {parameter.untyped_storage()._cdata for parameter in layer.parameters()}
     storages: dict[int, Any] = {}
 
@@ -60,9 +65,9 @@ def _kept(config: ModelConfig, index: int, layout: Layout, dtype: torch.dtype) -
             storages[storage._cdata] = storage
         return tensor
 
-    x_TD = torch.empty(layout.segments.tokens, config.hidden_size, device="meta", dtype=dtype, requires_grad=True)
+    x_TD = torch.empty(sum(lengths), config.hidden_size, device="meta", dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x_TD * 1, layout, None)
+        layer(x_TD * 1, Layout.of(lengths, device="meta"), None)
     return sum(storage.nbytes() for storage in storages.values())
 
 
