@@ -113,6 +113,7 @@ class GGUF:
             ),  # stored as float32: 1e-5, not 9.99e-6
             tie_embeddings="output.weight" not in self.shapes,
             max_position_embeddings=self._size("context_length"),
+            rescale_prenorm_residual=False,
             bos_token_id=bos,
             eos_token_id=tuple(sorted(turns)) if len(turns) > 1 else eos,
             pad_token_id=pad,
