@@ -15,8 +15,9 @@ has_torch() { # a torch that imports, and is not too old; prints its version
     "$1" -c 'import sys, torch; v = torch.__version__; print(v); sys.exit(tuple(map(int, v.split(".")[:2])) < (2, 11))' 2>/dev/null
 }
 
-# What was installed: from which description, for which place (a moved clone is set up anew), with which extras.
-want="$( (cat pyproject.toml constraints.txt scripts/setup.sh; pwd) | cksum | tr ' ' '-')"
+# What was installed: from which description and native code, for which place (a moved clone is set up anew), with which
+# extras.
+want="$( (cat pyproject.toml constraints.txt scripts/setup.sh native/CMakeLists.txt native/src/*; pwd) | cksum | tr ' ' '-')"
 if [ -f "$stamp" ] && "$python" -c '' 2>/dev/null; then
     for have in "$extras" dev; do # dev brings all the others
         if grep -qxF "$want $have" "$stamp"; then exit 0; fi
@@ -52,7 +53,7 @@ else
     say "fetching torch $(sed -n 's/^torch==//p' constraints.txt): 192 MB as a CPU build; the default build for Linux is 527 MB \
 and brings NVIDIA's libraries besides"
 fi
-say "installing whimbrel${extras:+[$extras]} into .venv (minutes on a slow line)"
+say "installing whimbrel${extras:+[$extras]} into .venv, and compiling native/ (minutes on a slow line)"
 # No input, ever: a question that nobody sees would hang a machine that has no terminal.
 "$python" -m pip install -qq --no-input --disable-pip-version-check \
     --constraint .venv/constraints.txt --editable ".${extras:+[$extras]}" ||
@@ -60,4 +61,10 @@ say "installing whimbrel${extras:+[$extras]} into .venv (minutes on a slow line)
 if [ -f "$stamp" ]; then grep -F "$want " "$stamp" >"$stamp.new" || :; else : >"$stamp.new"; fi
 printf '%s %s\n' "$want" "$extras" >>"$stamp.new"
 mv "$stamp.new" "$stamp"
+"$python" - <<'SAY'
+from whimbrel.ops.cpu import isa, load
+
+why = load()[1]
+print(f"setup: no native library, torch's slower forms run instead: {why}" if why else f"setup: native library built, uses {isa()}")
+SAY
 say "done; now: .venv/bin/whimbrel doctor"
