@@ -19,7 +19,7 @@ TOLERANCE = 1e-4  # of the largest logit; the same machine gives 0, another one 
 def take(folder: Path) -> dict[str, Any]:
     """Load the checkpoint of a folder and record `tokens` [ROWS][LENGTH], `places` and `logits` [ROWS][PLACES].
 
-    Beside them `shape`: pattern, width, vocabulary and number of parameters, for those who read a manifest without torch.
+    Beside them `shape`: pattern, width, vocabulary, number of parameters, for readers of a manifest without torch.
     """
     import torch
 

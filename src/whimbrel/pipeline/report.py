@@ -24,12 +24,40 @@ from whimbrel.units import format_bytes, format_count
 Manifest = Mapping[str, Any]
 WIDE, NARROW = 860, 344
 ABOUT = {
-    "data": "Pages to documents",
-    "tokenizer": "Documents to a vocabulary",
-    "tokens": "Documents to token shards",
-    "pretrain": "Tokens to a model",
-    "sample": "The model writes",
+    "data": "pages to documents",
+    "tokenizer": "documents to a vocabulary",
+    "tokens": "documents to token shards",
+    "pretrain": "tokens to a model",
+    "sample": "the model writes",
 }
+SHOWN = {
+    "data": ("pages", "documents", "characters"),
+    "tokenizer": ("vocab size",),
+    "tokens": ("train tokens", "heldout tokens"),
+    "pretrain": ("step", "tokens", "loss", "validation loss", "threads"),
+    "sample": ("samples", "tokens"),
+}
+"""Figures of a stage's row; a stage that is not here shows all it has."""
+REASONS = {
+    "alphabetic": "words without letters",
+    "crashed": "broke the reader",
+    "duplicate": "a text seen before",
+    "language": "another language",
+    "mean_word": "odd length of words",
+    "media_type": "not a page of text",
+    "no_text": "no text in it",
+    "page_bytes": "too large",
+    "repeated_10gram": "repeats of ten words",
+    "repeated_5gram": "repeats of five words",
+    "signs": "mostly signs",
+    "stop_words": "hardly a sentence",
+    "top_2gram": "one pair repeated",
+    "top_3gram": "one triple repeated",
+    "top_4gram": "one phrase repeated",
+    "unique_lines": "repeated lines",
+    "words": "too short or too long",
+}
+"""Reasons of the stage `data` in words; one that is not here is shown as it is written."""
 
 
 def write(folder: Path, recipe: Recipe, made: Sequence[Manifest]) -> Path:
@@ -64,19 +92,18 @@ def write(folder: Path, recipe: Recipe, made: Sequence[Manifest]) -> Path:
 def story(kinds: Mapping[str, Manifest]) -> list[str]:
     """The run in a few sentences."""
     told = []
-    if "data" in kinds:
-        seen = kinds["data"]["metrics"]
-        told.append(f"{seen['pages']:,} pages became {seen['documents']:,} documents.")
-    if "tokens" in kinds:
-        seen = kinds["tokens"]["metrics"]
-        held = f", {format_count(seen['heldout']['tokens'])} more were held out" if "heldout" in seen else ""
-        told.append(f"They are {format_count(seen['train']['tokens'])} tokens to learn from{held}.")
+    if "data" in kinds and "tokens" in kinds:
+        pages, tokens = kinds["data"]["metrics"], kinds["tokens"]["metrics"]
+        held = f", and {format_count(tokens['heldout']['tokens'])} to be tested on" if "heldout" in tokens else ""
+        told.append(
+            f"{pages['pages']:,} pages became {pages['documents']:,} documents: "
+            f"{format_count(tokens['train']['tokens'])} tokens to learn from{held}."
+        )
     if "pretrain" in kinds:
         seen, shape = kinds["pretrain"]["metrics"], kinds["pretrain"]["probe"]["shape"]
         told.append(
-            f"A model of {format_count(shape['parameters'])} parameters, {len(shape['pattern'])} layers of width "
-            f"{shape['hidden_size']}, read {format_count(seen['tokens'])} tokens"
-            f" at {seen['tokens'] / seen['seconds']:,.0f} a second."
+            f"A model of {len(shape['pattern'])} layers, {shape['hidden_size']} wide, read "
+            f"{format_count(seen['tokens'])} of them at {seen['tokens'] / seen['seconds']:,.0f} a second."
         )
     return told
 
@@ -96,7 +123,7 @@ def headline(kinds: Mapping[str, Manifest], made: Sequence[Manifest]) -> list[di
         add("parameters", format_count(shape["parameters"]), f"vocabulary of {shape['vocab_size']:,}")
         if "validation_loss" in seen:
             loss = seen["validation_loss"]
-            add("held-out loss", f"{loss:.3f}", f"nats per token; perplexity {math.exp(loss):,.1f}")
+            add("held-out loss", f"{loss:.3f}", f"perplexity {math.exp(loss):,.1f}")
     add("time", duration(sum(manifest["wall_seconds"] for manifest in made)), f"{len(made)} stages")
     return found
 
@@ -138,7 +165,7 @@ def funnel(metrics: Mapping[str, Any]) -> dict[str, Any]:
     ]
     most = max([1, *metrics["dropped"].values()])
     why = [
-        {"name": name.replace("_", " "), "count": count, "share": count / most}
+        {"name": REASONS.get(name, name.replace("_", " ")), "count": count, "share": count / most}
         for name, count in sorted(metrics["dropped"].items(), key=lambda pair: -pair[1])
     ]
     return {"left": left, "why": why, "dropped": sum(metrics["dropped"].values()), "read": metrics["pages"]}
@@ -161,10 +188,17 @@ def table(made: Sequence[Manifest]) -> list[dict[str, Any]]:
             "share": manifest["wall_seconds"] / total,
             "memory": manifest["peak_memory_bytes"],
             "sessions": manifest["sessions"],
-            "figures": [(name, value) for name, value in flat(manifest["metrics"]) if isinstance(value, (int, float))],
+            "figures": shown(manifest),
         }
         for manifest in made
     ]
+
+
+def shown(manifest: Manifest) -> list[tuple[str, float]]:
+    """The figures of a stage that a reader wants in its row."""
+    figures = [(name, value) for name, value in flat(manifest["metrics"]) if isinstance(value, (int, float))]
+    wanted = SHOWN.get(manifest["stage"])
+    return figures if wanted is None else [(name, value) for name, value in figures if name in wanted]
 
 
 def flat(metrics: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:

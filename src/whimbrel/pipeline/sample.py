@@ -27,6 +27,8 @@ class SampleSettings(Settings):
     """Draw from this many likeliest tokens; 0: all."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens less likely that have been written before."""
+    threads: int = 1
+    """Threads of the CPU; a small model gains nothing from a second one."""
     seed: int = 0
     """Draws of prompt i depend on seed + i alone."""
     untrained: bool = False
@@ -48,11 +50,14 @@ def model_folder(folder: Path) -> Path:
 
 def run(settings: SampleSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Write one answer to each prompt into `samples.json`, with the settings that give it again."""
+    import torch
+
     from whimbrel.model import LanguageModel
     from whimbrel.text import Tokenizer
 
     if not settings.prompts:
         raise UserError('prompts is empty; set prompts to a list of beginnings, for instance ["The function "]')
+    torch.set_num_threads(settings.threads)
     folder = model_folder(inputs["model"])
     model, tokenizer = LanguageModel.load(folder), Tokenizer.load(folder)
     answers = {"trained": _answers(model, tokenizer, settings, report)}
