@@ -28,7 +28,7 @@ from whimbrel.train.interrupt import Stopped, stop_politely
 from whimbrel.train.measure import Log, Meter
 from whimbrel.train.memory import check_memory, peak_memory, training_bytes
 from whimbrel.train.objective import Batch, CrossEntropy, Objective
-from whimbrel.train.optimizer import OptimizerSettings, adamw
+from whimbrel.train.optimizer import OptimizerSettings, adamw, set_learning_rate
 from whimbrel.train.recompute import recomputed
 from whimbrel.train.schedule import ScheduleSettings
 from whimbrel.train.step import NotFinite, accumulate, train_step
@@ -121,8 +121,6 @@ def train(
     SIGTERM, with a checkpoint written; `NotFinite` before weights would be spoilt; `UserError` for settings that do not
     fit the checkpoint and for a full disk.
     """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise UserError(f"{distributed.get_world_size()} processes were started; train runs in one, launch 1")
     precision = settings.precision_on(model.device)
     optimizer = adamw(model, settings.optimizer)
     checkpoints = folder / "checkpoints"
@@ -146,27 +144,24 @@ def train(
                 break
             start = time.perf_counter()
             batches = [source.batch(step * settings.accumulate + i) for i in range(settings.accumulate)]
-            for group in optimizer.param_groups:
-                group["lr"] = settings.optimizer.learning_rate * settings.schedule.share(step, settings.steps)
+            rate = settings.optimizer.learning_rate * settings.schedule.share(step, settings.steps)
+            set_learning_rate(optimizer, rate)
             try:
                 seen = train_step(model, objective, batches, optimizer, clip=settings.clip, precision=precision)
             except NotFinite as error:
                 raise NotFinite(_way_out(str(error), step, settings, checkpoints)) from error
-            lengths = [length for batch in batches for length in batch.lengths]
             figures = {"step": step + 1} | seen.terms | {"loss": seen.loss, "grad_norm": seen.grad_norm}
-            figures |= {"learning_rate": optimizer.param_groups[0]["lr"]} | meter.lap(
-                lengths, time.perf_counter() - start
-            )
+            figures |= {"learning_rate": rate} | meter.lap(batches, time.perf_counter() - start)
             log.write(figures)
             pace = (time.perf_counter() - session) / (step + 1 - state.step)
             report(_progress(figures, settings.steps, pace))
-            if wish.signal or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                here = replace(
-                    state, step=step + 1, metrics_offset=log.sync(), data=_digest(batches[-1]), figures=figures
-                )
+            stop = wish.signal  # read once: a signal may come at any moment
+            if stop or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+                data, offset = _digest(batches[-1]), log.sync()
+                here = replace(state, step=step + 1, metrics_offset=offset, data=data, figures=figures)
                 path = checkpointing.save(checkpoints, here, model, optimizer, settings.keep)
-            if wish.signal:
-                raise Stopped(f"{wish.signal}: stopped after step {step + 1}, saved {path}; the same command goes on")
+                if stop:
+                    raise Stopped(f"{stop}: stopped after step {step + 1}, saved {path}; the same command goes on")
     return figures | held_out | {"threads": state.threads, "peak_memory_bytes": peak_memory(model.device)}
 
 
@@ -180,6 +175,8 @@ def _begin(
     report: Report,
 ) -> TrainState:
     """Where to start: the newest whole checkpoint if it fits, else step 0, with memory and threads looked at first."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise UserError(f"{distributed.get_world_size()} processes were started; train runs in one, launch 1")
     identity = _identity(settings, precision, objective, model)
     found = checkpointing.newest(checkpoints, report)
     if found is not None:

@@ -44,8 +44,9 @@ class Meter:
         self.tokens, self.seconds = tokens, seconds
         """Of the whole run, over all its sessions; time in steps only, not in validation or checkpoints."""
 
-    def lap(self, lengths: Sequence[int], seconds: float) -> dict[str, float]:
-        """Count a step over documents of these lengths that took so long; returns its figures."""
+    def lap(self, batches: Sequence[Any], seconds: float) -> dict[str, float]:
+        """Count a step over these batches that took so long; returns its figures."""
+        lengths = [length for batch in batches for length in batch.lengths]
         tokens = sum(lengths)
         self.tokens += tokens
         self.seconds += seconds

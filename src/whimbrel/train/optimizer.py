@@ -78,3 +78,9 @@ def adamw(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
         eps=settings.eps,
         fused=trainable[0][1].device.type in FUSED,
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step, for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
