@@ -91,7 +91,7 @@ def attend(job: Job, hear: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
             if child.stdin is not None:
                 child.stdin.close()
     if presses:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(last.get("text", ""))
     if last.get("event") == "done" and child.returncode == 0:
         return last
     raise _cause(job, last, child.returncode)

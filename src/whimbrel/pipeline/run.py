@@ -55,8 +55,9 @@ def run(recipe: Recipe, folder: Path, display: Display) -> Path:
                 done[node.name] = _stage(node, folder, outside, done, lock, display)
             place = "the report"
             return report.write(folder, recipe, [done[node.name] for node in recipe.nodes])
-    except KeyboardInterrupt:
-        raise Stopped(f"stopped in {place}; nothing is lost: the same command goes on from here") from None
+    except KeyboardInterrupt as stop:
+        said = f"{stop}" or "stopped; what was finished is kept, and the same command goes on from there"
+        raise Stopped(f"{place or folder}: {said}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -100,7 +101,19 @@ def _stage(
         display.stop()
         if partial.exists():
             _note(partial, work, started)
-    made = {
+    made = _manifest(node, key, inputs, work, last)
+    _finish(partial, final, made)
+    display.say(
+        f"{node.name}: {duration(made['wall_seconds'])}, {format_bytes(made['peak_memory_bytes'])} at most{_told(made)}"
+    )
+    return made
+
+
+def _manifest(
+    node: Node, key: str, inputs: Mapping[str, Any], work: Mapping[str, Any], last: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What manifest.json says, but for the files."""
+    return {
         "schema": manifest.SCHEMA,
         "name": node.name,
         "stage": node.kind,
@@ -119,11 +132,6 @@ def _stage(
         "model": node.stage.model,
         "probe": last["probe"],
     }
-    _finish(partial, final, made)
-    display.say(
-        f"{node.name}: {duration(made['wall_seconds'])}, {format_bytes(made['peak_memory_bytes'])} at most{_told(made)}"
-    )
-    return made
 
 
 def _input(source: str | Path, outside: manifest.FileKeys, done: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -115,8 +115,8 @@ def main(path: str) -> int:
     try:
         wire.send(work(job, wire))
         return 0
-    except KeyboardInterrupt:
-        wire.send({"event": "stopped"})
+    except KeyboardInterrupt as stop:
+        wire.send({"event": "stopped", "text": str(stop)})
         return STOPPED
     except UserError as error:
         wire.send({"event": "error", "text": str(error), "user": True})
