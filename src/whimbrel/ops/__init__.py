@@ -1,8 +1,8 @@
 """Arithmetic, and nothing else: tensors in, tensors out, no knowledge of models.
 
 Every operation has a truth (`ops/reference`, obvious, in float64) and one or more fast forms that are tested against
-it (`ops/torch`, the default on every device). Callers use the names here; which form runs is decided below, in one
-place.
+it (`ops/torch` on every device, `ops/cpu` where the native library was built). Callers use the names here; which form
+runs is decided below, in one place.
 
 Letters of shapes: T packed tokens, S sequences or slots, D model width, V vocabulary, H heads, P head width of Mamba,
 N state size, G groups, I channels of the convolution, W its width, K key/value heads, E head width of attention.
@@ -15,18 +15,19 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from whimbrel.ops import reference
+from whimbrel.ops import cpu, reference
 from whimbrel.ops import torch as vectorised
 from whimbrel.ops.segments import Segments
 
 OPERATIONS = tuple(reference.__all__)
-_FORMS: dict[str, ModuleType] = {"torch": vectorised, "reference": reference}
-_preferred = ["torch", "reference"]
+_FORMS: dict[str, ModuleType] = {"cpu": cpu, "torch": vectorised, "reference": reference}
+_preferred = ["cpu", "torch", "reference"]
 
 
 def active() -> dict[str, str]:
-    """Operation -> the form that runs now (`torch` or `reference`)."""
-    return {name: next(form for form in _preferred if hasattr(_FORMS[form], name)) for name in OPERATIONS}
+    """Operation -> the form that runs now for float32 on a CPU: `cpu` (the native library), `torch` or `reference`."""
+    here = [form for form in _preferred if form != "cpu" or cpu.load()[0] is not None]
+    return {name: next(form for form in here if hasattr(_FORMS[form], name)) for name in OPERATIONS}
 
 
 @contextmanager

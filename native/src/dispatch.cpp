@@ -1,0 +1,86 @@
+// Chooses, once, the widest instruction set that both this build and this processor have.
+
+#include <cstring>
+
+#include "whimbrel.h"
+
+#define DECLARE(isa)                                                              \
+    namespace whimbrel::isa {                                                     \
+    void scan_forward(const Scan&, int);                                          \
+    void scan_backward(const Scan&, const ScanGradients&, int);                   \
+    void conv_forward(const Conv&, int);                                          \
+    void conv_backward(const Conv&, const ConvGradients&, int);                   \
+    void gated_norm_forward(const GatedNorm&, int);                               \
+    void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
+    }
+
+DECLARE(baseline)
+#ifdef WHIMBREL_X86
+DECLARE(avx2)
+DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Form {
+    const char* isa;
+    bool (*here)();
+    void (*scan_forward)(const Scan&, int);
+    void (*scan_backward)(const Scan&, const ScanGradients&, int);
+    void (*conv_forward)(const Conv&, int);
+    void (*conv_backward)(const Conv&, const ConvGradients&, int);
+    void (*gated_norm_forward)(const GatedNorm&, int);
+    void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
+};
+
+#define FORM(isa, here)                                                                                           \
+    Form{#isa, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,      \
+         whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward}
+
+const Form forms[] = {
+#ifdef WHIMBREL_X86
+    FORM(avx512, [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"); }),
+    FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
+#endif
+    FORM(baseline, [] { return true; }),
+};
+
+const Form* best() {
+    for (const Form& form : forms)
+        if (form.here()) return &form;
+    return nullptr;
+}
+
+const Form* now = best();
+
+}  // namespace
+
+extern "C" {
+
+const char* whimbrel_isa() { return now->isa; }
+
+int whimbrel_use(const char* isa) {
+    for (const Form& form : forms)
+        if (std::strcmp(form.isa, isa) == 0 && form.here()) return now = &form, 1;
+    return 0;
+}
+
+void whimbrel_scan_forward(const Scan* scan, int threads) { now->scan_forward(*scan, threads); }
+
+void whimbrel_scan_backward(const Scan* scan, const ScanGradients* gradients, int threads) {
+    now->scan_backward(*scan, *gradients, threads);
+}
+
+void whimbrel_conv_forward(const Conv* conv, int threads) { now->conv_forward(*conv, threads); }
+
+void whimbrel_conv_backward(const Conv* conv, const ConvGradients* gradients, int threads) {
+    now->conv_backward(*conv, *gradients, threads);
+}
+
+void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads) { now->gated_norm_forward(*norm, threads); }
+
+void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads) {
+    now->gated_norm_backward(*norm, *gradients, threads);
+}
+}

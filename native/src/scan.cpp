@@ -1,0 +1,276 @@
+// The scan of Mamba-2 (arXiv 2405.21060, section 6), forward and backward, as a recurrence that lives in the L1 cache.
+//
+//   S_t = exp(dt_t a) S_{t-1} + u_t B_t^T      u_t = dt_t x_t,  S is P x N
+//   y_t = S_t C_t + D x_t
+//
+// One kernel does all the work. It carries a matrix M of `rows` x `lanes` through the tokens of one sequence and one head:
+//
+//   M <- decay M + row_in (x) lane_in          out[lanes] += row_out . M
+//
+//   forward          rows N, lanes P   row_in B   lane_in u   row_out C    out y
+//   gradient of C    rows P, lanes N   row_in u   lane_in B   row_out dy   out dC
+// and, with M the gradient of the state, backwards in time,
+//   gradient of u    rows N, lanes P   row_in C   lane_in dy  row_out B    out du
+//   gradient of B    rows P, lanes N   row_in dy  lane_in C   row_out u    out dB
+//
+// The gradient of the decays needs no state: with r_t = <dS_t, S_t>, one has <dS_t, decay_t S_{t-1}> = r_t - u_t . du_t and
+// r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that. Rounding errors of this running difference are cut off at every block of
+// tokens, where r is computed from a state that the gradient of C left behind.
+//
+// Tokens are worked on in blocks; rows that are not whole vectors are copied and padded with zeros.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "vector.h"
+#include "whimbrel.h"
+
+namespace whimbrel::WHIMBREL_ISA {
+namespace {
+
+constexpr int64_t block = 32;                       // tokens
+constexpr int tile = WHIMBREL_LANES == 16 ? 4 : 2;  // vectors of lanes held in registers at a time, for two tokens
+
+// A token's part of one kernel call.
+struct Token {
+    float decay;
+    const float* row_in;
+    const float* lane_in;
+    const float* row_out;
+    float* out;
+};
+
+template <int width>
+void advance_one(float* m, int64_t rows, int64_t stride, const Token& t, int64_t at) {
+    vec lane[width], out[width];
+    for (int i = 0; i < width; i++) lane[i] = load(t.lane_in + at + i * lanes), out[i] = vec{};
+    const vec decay = broadcast(t.decay);
+    for (int64_t r = 0; r < rows; r++) {
+        float* row = m + r * stride + at;
+        const vec in = broadcast(t.row_in[r]), weight = broadcast(t.row_out[r]);
+        for (int i = 0; i < width; i++) {
+            const vec v = load(row + i * lanes) * decay + in * lane[i];
+            store(row + i * lanes, v);
+            out[i] += weight * v;
+        }
+    }
+    for (int i = 0; i < width; i++) store(t.out + at + i * lanes, out[i]);
+}
+
+// Two tokens in one pass over M: half the loads and stores.
+template <int width>
+void advance_two(float* m, int64_t rows, int64_t stride, const Token& t, const Token& s, int64_t at) {
+    vec lane[width], out[width], lane2[width], out2[width];
+    for (int i = 0; i < width; i++) {
+        lane[i] = load(t.lane_in + at + i * lanes), out[i] = vec{};
+        lane2[i] = load(s.lane_in + at + i * lanes), out2[i] = vec{};
+    }
+    const vec decay = broadcast(t.decay), decay2 = broadcast(s.decay);
+    for (int64_t r = 0; r < rows; r++) {
+        float* row = m + r * stride + at;
+        const vec in = broadcast(t.row_in[r]), weight = broadcast(t.row_out[r]);
+        const vec in2 = broadcast(s.row_in[r]), weight2 = broadcast(s.row_out[r]);
+        for (int i = 0; i < width; i++) {
+            const vec v = load(row + i * lanes) * decay + in * lane[i];
+            out[i] += weight * v;
+            const vec w = v * decay2 + in2 * lane2[i];
+            out2[i] += weight2 * w;
+            store(row + i * lanes, w);
+        }
+    }
+    for (int i = 0; i < width; i++) {
+        store(t.out + at + i * lanes, out[i]);
+        store(s.out + at + i * lanes, out2[i]);
+    }
+}
+
+// Carries M through `count` tokens, two at a time; `token(i)` describes the i-th, whichever way time runs.
+template <class Describe>
+void run(std::vector<float>& matrix, int64_t rows, int64_t stride, int64_t count, Describe token) {
+    float* m = matrix.data();
+    for (int64_t i = 0; i < count; i += 2) {
+        int64_t at = 0;
+        if (i + 1 < count) {
+            const Token t = token(i), s = token(i + 1);
+            for (; at + tile * lanes <= stride; at += tile * lanes) advance_two<tile>(m, rows, stride, t, s, at);
+            for (; at < stride; at += lanes) advance_two<1>(m, rows, stride, t, s, at);
+        } else {
+            const Token t = token(i);
+            for (; at + tile * lanes <= stride; at += tile * lanes) advance_one<tile>(m, rows, stride, t, at);
+            for (; at < stride; at += lanes) advance_one<1>(m, rows, stride, t, at);
+        }
+    }
+}
+
+float dot(const float* x, const float* y, int64_t n) {
+    vec total{};
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) total += load(x + i) * load(y + i);
+    float rest = sum(total);
+    for (; i < n; i++) rest += x[i] * y[i];
+    return rest;
+}
+
+void add(float* to, const float* x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] += x[i];
+}
+
+// Rows of one block of tokens: in place where they are whole vectors already, else copied and padded with zeros.
+struct Rows {
+    int64_t width, padded;
+    std::vector<float> scratch;
+    const float* first = nullptr;
+    int64_t stride = 0;
+
+    explicit Rows(int64_t width) : width(width), padded(round_up(width)), scratch(padded == width ? 0 : block * padded) {}
+
+    void read(const float* from, int64_t from_stride, int64_t count) {
+        first = from, stride = from_stride;
+        if (padded == width) return;
+        for (int64_t i = 0; i < count; i++) std::copy_n(from + i * from_stride, width, &scratch[i * padded]);
+        first = scratch.data(), stride = padded;
+    }
+    const float* operator[](int64_t i) const { return first + i * stride; }
+};
+
+// One head of one sequence, and scratch rows for one block of its tokens. P is padded to `wide`, N to `deep`.
+struct Head {
+    const Scan& s;
+    const int64_t h, g, begin, length, state, wide, deep;
+    std::vector<float> decay, u, by_width, by_size, y, z;
+    Rows b, c, dy;
+
+    Head(const Scan& scan, int64_t sequence, int64_t head)
+        : s(scan), h(head), g(head / (scan.heads / scan.groups)), begin(scan.offsets[sequence]),
+          length(scan.offsets[sequence + 1] - begin), state((sequence * scan.heads + head) * scan.width * scan.size),
+          wide(round_up(scan.width)), deep(round_up(scan.size)), decay(block + 1), u(block * wide),
+          by_width(s.size * wide), by_size(s.width * deep), y(block * wide), z(block * deep), b(s.size), c(s.size),
+          dy(s.width) {}
+
+    const float* x(int64_t t) const { return s.x + (begin + t) * s.x_stride + h * s.width; }
+    int64_t at(int64_t t) const { return (begin + t) * s.heads + h; }
+    float decay_at(int64_t t) const { return t < length ? std::exp(s.dt[at(t)] * s.a[h]) : 1.0f; }
+
+    // Prepares tokens from … from + count; decay[i] is that of token from + i, one more than the block has.
+    void read(int64_t from, int64_t count, const float* gradient) {
+        b.read(s.b + (begin + from) * s.b_stride + g * s.size, s.b_stride, count);
+        c.read(s.c + (begin + from) * s.c_stride + g * s.size, s.c_stride, count);
+        if (gradient) dy.read(gradient + at(from) * s.width, s.heads * s.width, count);
+        for (int64_t i = 0; i < count; i++) {
+            const float dt = s.dt[at(from + i)], *row = x(from + i);
+            float* to = &u[i * wide];
+            decay[i] = decay_at(from + i);
+            for (int64_t p = 0; p < s.width; p++) to[p] = dt * row[p];
+        }
+        decay[count] = decay_at(from + count);
+    }
+
+    // A state [P, N] into and out of both ways of holding it.
+    void take(const float* state_PN) {
+        for (int64_t p = 0; p < s.width; p++)
+            for (int64_t n = 0; n < s.size; n++)
+                by_width[n * wide + p] = by_size[p * deep + n] = state_PN ? state_PN[p * s.size + n] : 0.0f;
+    }
+    void give(float* state_PN) const {
+        for (int64_t p = 0; p < s.width; p++)
+            for (int64_t n = 0; n < s.size; n++) state_PN[p * s.size + n] = by_width[n * wide + p];
+    }
+};
+
+void forward_head(const Scan& s, int64_t sequence, int64_t h) {
+    Head k(s, sequence, h);
+    k.take(s.initial ? s.initial + k.state : nullptr);
+    for (int64_t from = 0; from < k.length; from += block) {
+        const int64_t count = std::min(block, k.length - from);
+        k.read(from, count, nullptr);
+        run(k.by_width, s.size, k.wide, count, [&](int64_t i) {
+            return Token{k.decay[i], k.b[i], &k.u[i * k.wide], k.c[i], &k.y[i * k.wide]};
+        });
+        for (int64_t i = 0; i < count; i++) {
+            const float *x = k.x(from + i), *y = &k.y[i * k.wide], d = s.d[h];
+            float* to = s.y + k.at(from + i) * s.width;
+            for (int64_t p = 0; p < s.width; p++) to[p] = y[p] + d * x[p];
+        }
+    }
+    k.give(s.final + k.state);
+}
+
+// Forwards in time, M = S as P rows of N lanes: the gradient of C. Returns S after every block.
+std::vector<float> gradient_of_c(Head& k, const ScanGradients& out) {
+    const Scan& s = k.s;
+    std::vector<float> states;
+    k.take(s.initial ? s.initial + k.state : nullptr);
+    for (int64_t from = 0; from < k.length; from += block) {
+        const int64_t count = std::min(block, k.length - from);
+        k.read(from, count, out.dy);
+        run(k.by_size, s.width, k.deep, count, [&](int64_t i) {
+            return Token{k.decay[i], &k.u[i * k.wide], k.b[i], k.dy[i], &k.z[i * k.deep]};
+        });
+        for (int64_t i = 0; i < count; i++) {
+            float* dc = out.dc + ((k.begin + from + i) * s.groups + k.g) * s.size;
+            add(dc, &k.z[i * k.deep], s.size);
+        }
+        states.insert(states.end(), k.by_size.begin(), k.by_size.end());
+    }
+    return states;
+}
+
+// Gradients of one head, backwards in time with M = dS held both ways. The decay between tokens t+1 and t belongs to t+1.
+// dB and dC are shared by the heads of a group, so a group is the work of one thread.
+void backward_head(const Scan& s, const ScanGradients& out, int64_t sequence, int64_t h) {
+    Head k(s, sequence, h);
+    const std::vector<float> states = gradient_of_c(k, out);
+    k.take(out.dfinal + k.state);
+    const int64_t wide = k.wide, deep = k.deep;
+    double da = 0, dd = 0;
+    for (int64_t from = (k.length - 1) / block * block; from >= 0 && k.length > 0; from -= block) {
+        const int64_t count = std::min(block, k.length - from), last = count - 1;
+        if (from + count < k.length) k.read(from, count, out.dy);  // the last block is still there from the gradient of C
+        // <decay_{t+1} dS_{t+1}, S_t> at the last token t of the block.
+        double behind = dot(&states[from / block * s.width * deep], k.by_size.data(), s.width * deep) * k.decay[count];
+        run(k.by_width, s.size, wide, count, [&](int64_t i) {
+            const int64_t t = last - i;
+            return Token{k.decay[t + 1], k.c[t], k.dy[t], k.b[t], &k.y[t * wide]};
+        });
+        run(k.by_size, s.width, deep, count, [&](int64_t i) {
+            const int64_t t = last - i;
+            return Token{k.decay[t + 1], k.dy[t], k.c[t], &k.u[t * wide], &k.z[t * deep]};
+        });
+        for (int64_t t = last; t >= 0; t--) {
+            const int64_t at = k.at(from + t);
+            const float *x = k.x(from + t), *g = k.dy[t], *du = &k.y[t * wide], dt = s.dt[at];
+            const float skip = dot(g, x, s.width), pull = dot(du, x, s.width);
+            const double r = behind + dot(g, s.y + at * s.width, s.width) - static_cast<double>(s.d[h]) * skip;
+            behind = r - static_cast<double>(dt) * pull;
+            out.ddt[at] = static_cast<float>(s.a[h] * behind) + pull;
+            da += dt * behind, dd += skip;
+            float* dx = out.dx + at * s.width;
+            for (int64_t p = 0; p < s.width; p++) dx[p] = dt * du[p] + s.d[h] * g[p];
+            float* db = out.db + ((k.begin + from + t) * s.groups + k.g) * s.size;
+            add(db, &k.z[t * deep], s.size);
+        }
+    }
+    out.da[sequence * s.heads + h] = static_cast<float>(da);
+    out.dd[sequence * s.heads + h] = static_cast<float>(dd);
+    k.give(out.dinitial + k.state);
+    const float first = k.decay_at(0);
+    for (int64_t i = 0; i < s.width * s.size; i++) out.dinitial[k.state + i] *= first;
+}
+
+}  // namespace
+
+void scan_forward(const Scan& s, int threads) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < s.sequences * s.heads; task++) forward_head(s, task / s.heads, task % s.heads);
+}
+
+void scan_backward(const Scan& s, const ScanGradients& out, int threads) {
+    const int64_t shared = s.heads / s.groups;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t task = 0; task < s.sequences * s.groups; task++)
+        for (int64_t i = 0; i < shared; i++) backward_head(s, out, task / s.groups, task % s.groups * shared + i);
+}
+
+}  // namespace whimbrel::WHIMBREL_ISA

@@ -1,0 +1,66 @@
+// The plain C interface of Whimbrel's native operations. All arrays are float32, row by row; every function is thread-safe.
+#pragma once
+
+#include <cstdint>
+
+#if defined(_WIN32)
+#define WHIMBREL_EXPORT __declspec(dllexport)
+#else
+#define WHIMBREL_EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" {
+
+// A scan over T tokens cut into sequences. x [T, H, P], dt [T, H], b and c [T, G, N] may be slices of wider rows: *_stride is
+// the distance between tokens in floats (dt, y and all gradients are dense). initial may be null. final [S, H, P, N].
+struct Scan {
+    const float *x, *dt, *a, *b, *c, *d, *initial;
+    float *y, *final;
+    const int64_t* offsets;  // [S + 1]
+    int64_t sequences, heads, width, groups, size;
+    int64_t x_stride, b_stride, c_stride;
+};
+
+// Gradients of a scan. db, dc must come as zeros; da, dd are [S, H], one row a sequence.
+struct ScanGradients {
+    const float *dy, *dfinal;
+    float *dx, *ddt, *da, *db, *dc, *dd, *dinitial;
+};
+
+// A causal depth-wise convolution with SiLU over T rows of I channels (row distance x_stride), cut into sequences.
+// weight [W, I]; bias may be null; initial and tail [S, W-1, I]; pre [T, I] keeps what SiLU was applied to.
+struct Conv {
+    const float *x, *weight, *bias, *initial;
+    float *y, *pre, *tail;
+    const int64_t* offsets;  // [S + 1]
+    int64_t sequences, channels, width, x_stride;
+};
+
+// Gradients of a convolution; dweight [W, I], dbias [I], dinitial [S, W-1, I].
+struct ConvGradients {
+    const float *dy, *dtail;
+    float *dx, *dweight, *dbias, *dinitial;
+};
+
+// RMSNorm(y * silu(gate)) in groups of `width` channels, times weight; scale [T, groups] keeps 1 / rms. gate has its own row distance.
+struct GatedNorm {
+    const float *y, *gate, *weight;
+    float *out, *scale;
+    int64_t tokens, groups, width, gate_stride;
+    float eps;
+};
+
+struct GatedNormGradients {
+    const float* dout;
+    float *dy, *dgate, *dweight;  // dweight [threads, groups * width], as zeros
+};
+
+WHIMBREL_EXPORT const char* whimbrel_isa();             // avx512, avx2 or baseline: what runs now
+WHIMBREL_EXPORT int whimbrel_use(const char* isa);      // 0 if that instruction set is not here
+WHIMBREL_EXPORT void whimbrel_scan_forward(const Scan* scan, int threads);
+WHIMBREL_EXPORT void whimbrel_scan_backward(const Scan* scan, const ScanGradients* gradients, int threads);
+WHIMBREL_EXPORT void whimbrel_conv_forward(const Conv* conv, int threads);
+WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradients* gradients, int threads);
+WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
+WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
+}

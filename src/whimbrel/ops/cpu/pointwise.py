@@ -1,0 +1,100 @@
+"""The native convolution and gated norm (native/src/conv.cpp, gated_norm.cpp), one pass over memory each way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whimbrel.ops.cpu.library import address, call, fits, structure
+from whimbrel.ops.segments import Segments
+from whimbrel.ops.torch import convolution, norm
+
+_Conv = structure("Conv", "x weight bias initial y pre tail offsets", "sequences channels width x_stride")
+_ConvGradients = structure("ConvGradients", "dy dtail dx dweight dbias dinitial", "")
+_Norm = structure("GatedNorm", "y gate weight out scale", "tokens groups width gate_stride", "eps")
+_NormGradients = structure("GatedNormGradients", "dout dy dgate dweight", "")
+
+
+class _NativeConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, weight_IW: Tensor, bias_I: Tensor | None, initial: Tensor, starts: Tensor
+    ) -> Any:
+        x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+        weight_WI, initial = weight_IW.t().contiguous(), initial.contiguous()
+        y, pre, tail = torch.empty(x_TI.shape), torch.empty(x_TI.shape), torch.empty_like(initial)
+        ctx.save_for_backward(x_TI, weight_WI, bias_I, initial, pre, starts)
+        call("conv_forward", _conv(x_TI, weight_WI, bias_I, initial, y, pre, tail, starts))
+        return y, tail
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x_TI, weight_WI, bias_I, initial, pre, starts = ctx.saved_tensors
+        dy, dtail = (g.contiguous() for g in gradients)
+        dx, dweight, dbias, dinitial = (torch.empty(v.shape) for v in (x_TI, weight_WI, weight_WI[0], initial))
+        outputs = [address(v) for v in (dy, dtail, dx, dweight, dbias, dinitial)]
+        described = _conv(x_TI, weight_WI, bias_I, initial, None, pre, None, starts)
+        call("conv_backward", described, _ConvGradients(*outputs))
+        return dx, dweight.t(), None if bias_I is None else dbias, dinitial, None
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor,
+    y: Tensor | None,
+    pre: Tensor,
+    tail: Tensor | None,
+    starts: Tensor,
+) -> Any:
+    pointers = [address(v) for v in (x, weight, bias, initial, y, pre, tail, starts)]
+    return _Conv(*pointers, len(starts) - 1, x.shape[1], weight.shape[0], x.stride(0))
+
+
+def conv(
+    x_TI: Tensor, weight_IW: Tensor, bias_I: Tensor | None, segments: Segments, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `ops.torch.conv`, in float32 on a CPU."""
+    if not segments.tokens or not fits(x_TI, weight_IW, bias_I, initial):
+        return convolution.conv(x_TI, weight_IW, bias_I, segments, initial)
+    channels, width = weight_IW.shape
+    history = torch.zeros(segments.count, width - 1, channels) if initial is None else initial.transpose(1, 2)
+    y_TI, tail = _NativeConv.apply(x_TI, weight_IW, bias_I, history, segments.starts)
+    return y_TI, tail.transpose(1, 2)
+
+
+class _NativeGatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps: float) -> Tensor:
+        y_TD, weight_D = y_TD.contiguous(), weight_D.contiguous()
+        gate_TD = gate_TD if gate_TD.stride(1) == 1 else gate_TD.contiguous()
+        out, scale = torch.empty_like(y_TD), torch.empty(y_TD.shape[0], groups)
+        call("gated_norm_forward", _norm(y_TD, gate_TD, weight_D, out, scale, eps))
+        ctx.save_for_backward(y_TD, gate_TD, weight_D, scale)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        y_TD, gate_TD, weight_D, scale = ctx.saved_tensors
+        dout = gradients[0].contiguous()
+        dy, dgate = torch.empty_like(y_TD), torch.empty_like(y_TD)
+        dweight = torch.zeros(torch.get_num_threads(), weight_D.shape[0])
+        outputs = _NormGradients(*(address(v) for v in (dout, dy, dgate, dweight)))
+        call("gated_norm_backward", _norm(y_TD, gate_TD, weight_D, None, scale, ctx.eps), outputs)
+        return dy, dgate, dweight.sum(0), None, None
+
+
+def _norm(y: Tensor, gate: Tensor, weight: Tensor, out: Tensor | None, scale: Tensor, eps: float) -> Any:
+    pointers = [address(v) for v in (y, gate, weight, out, scale)]
+    return _Norm(*pointers, y.shape[0], scale.shape[1], y.shape[1] // scale.shape[1], gate.stride(0), eps)
+
+
+def gated_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps: float) -> Tensor:
+    """As `ops.torch.gated_norm`, in float32 on a CPU."""
+    if y_TD.dim() != 2 or not fits(y_TD, gate_TD, weight_D):
+        return norm.gated_norm(y_TD, gate_TD, weight_D, groups, eps)
+    return _NativeGatedNorm.apply(y_TD, gate_TD, weight_D, groups, eps)

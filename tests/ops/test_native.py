@@ -1,0 +1,191 @@
+"""The native operations against float64, in every instruction set this processor has.
+
+Float32: 2e-5 of the largest value, and 2e-4 for the gradient of `a`, a sum over all tokens of terms that cancel.
+"""
+
+import gc
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whimbrel import ops
+from whimbrel.ops import cpu, vectorised
+from whimbrel.ops.cpu import library
+from whimbrel.ops.segments import Segments
+
+pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason="the native library is not built here")
+ISAS = [name for name in ("avx512", "avx2", "baseline") if cpu.load()[0] is not None and cpu.use(name)]
+LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(lambda lengths: sum(lengths) > 0)
+
+
+@contextmanager
+def instruction_set(name):
+    """Run the library in one instruction set inside the block."""
+    before = cpu.isa()
+    assert cpu.use(name)
+    yield
+    assert cpu.use(before)
+
+
+def gap(got, expected):
+    """The largest difference, as a share of the largest value (of 0.1, where all values are small)."""
+    return ((got - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=0.1)).item()
+
+
+def with_gradients(function, leaves, seed):
+    """Outputs of a function and gradients of a fixed random sum of them."""
+    outputs = [y for y in function(*leaves) if y.numel()]
+    g = torch.Generator().manual_seed(seed)
+    total = sum((y * torch.randn(y.shape, generator=g).to(y.dtype)).sum() for y in outputs)
+    return outputs, torch.autograd.grad(total, leaves)
+
+
+def compare(native, true, leaves, seed=0, loose=()):
+    """Native in float32 against the vectorised form in float64, in every instruction set."""
+    double = [v.float().double().requires_grad_() for v in leaves]
+    expected, expected_gradients = with_gradients(true, double, seed)
+    for isa in ISAS:
+        single = [v.float().requires_grad_() for v in leaves]
+        with instruction_set(isa):
+            got, got_gradients = with_gradients(native, single, seed)
+        for y, e in zip(got, expected, strict=True):
+            assert gap(y, e) < 2e-5, isa
+        for place, (y, e) in enumerate(zip(got_gradients, expected_gradients, strict=True)):
+            assert gap(y, e) < (2e-4 if place in loose else 2e-5), (isa, place)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=LENGTHS,
+    shared=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    width=st.integers(1, 70),
+    size=st.integers(1, 70),
+    seed=st.integers(0, 99),
+)
+def test_scan(lengths, shared, groups, width, size, seed):
+    g, tokens, heads = torch.Generator().manual_seed(seed), sum(lengths), shared * groups
+    row = [
+        torch.randn(shape, generator=g)
+        for shape in [(tokens, heads, width), (tokens, groups, size), (tokens, groups, size)]
+    ]
+    dt = torch.nn.functional.softplus(torch.randn(tokens, heads, generator=g) - 2)
+    a, d = -(1 + 15 * torch.rand(heads, generator=g)), torch.randn(heads, generator=g)
+    initial, segments = torch.randn(len(lengths), heads, width, size, generator=g), Segments.of(lengths)
+    leaves = [row[0], dt, a, row[1], row[2], d, initial]
+    compare(
+        lambda *v: cpu.ssd(*v[:6], segments, v[6])[:2],
+        lambda *v: vectorised.ssd(*v[:6], segments, v[6])[:2],
+        leaves,
+        seed,
+        loose=(2,),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=LENGTHS,
+    channels=st.integers(1, 150),
+    width=st.integers(1, 5),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_convolution(lengths, channels, width, biased, seed):
+    g, segments = torch.Generator().manual_seed(seed), Segments.of(lengths)
+    shapes = [(sum(lengths), channels), (channels, width), (len(lengths), channels, width - 1), (channels,)]
+    leaves = [torch.randn(shape, generator=g) for shape in shapes][: 4 if biased else 3]
+    if width == 1:
+        del leaves[2]
+
+    def run(form):
+        def call(x, weight, *rest):
+            rest = list(rest)
+            initial = rest.pop(0) if width > 1 else None
+            return form.conv(x, weight, rest[0] if biased else None, segments, initial)
+
+        return call
+
+    compare(run(cpu), run(vectorised), leaves, seed)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.integers(1, 40), groups=st.integers(1, 4), width=st.integers(1, 70), seed=st.integers(0, 99))
+def test_gated_norm(tokens, groups, width, seed):
+    g = torch.Generator().manual_seed(seed)
+    leaves = [3 * torch.randn(tokens, groups * width, generator=g) for _ in range(2)] + [
+        torch.randn(groups * width, generator=g)
+    ]
+    compare(
+        lambda *v: [cpu.gated_norm(*v, groups, 1e-5)],
+        lambda *v: [vectorised.gated_norm(*v, groups, 1e-5)],
+        leaves,
+        seed,
+    )
+
+
+def scan_of_slices(tokens=200, heads=4, width=16, groups=2, size=16):
+    """x, B and C as slices of one wide row, as the model hands them over."""
+    g = torch.Generator().manual_seed(0)
+    wide = torch.randn(tokens, heads * width + 2 * groups * size, generator=g)
+    x, b, c = wide.split([heads * width, groups * size, groups * size], dim=1)
+    shapes = (heads, width), (groups, size), (groups, size)
+    x, b, c = (v.unflatten(1, shape) for v, shape in zip((x, b, c), shapes, strict=True))
+    return [x, torch.rand(tokens, heads, generator=g), -torch.rand(heads, generator=g), b, c, torch.ones(heads)]
+
+
+def test_slices_of_wider_rows_are_read_in_place_and_runs_are_equal_bit_for_bit():
+    row, segments = scan_of_slices(), Segments.of([150, 50])
+    first = cpu.ssd(*row, segments)
+    again = cpu.ssd(*row, segments)
+    dense = cpu.ssd(*(v.contiguous() for v in row), segments)
+    assert all(torch.equal(y, z) for y, z in zip(first, again, strict=True))
+    assert all(torch.equal(y, z) for y, z in zip(first, dense, strict=True))
+
+
+def test_number_of_threads_changes_no_bit():
+    row, segments, before = scan_of_slices(), Segments.of([150, 50]), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            leaves = [v.detach().clone().requires_grad_() for v in row]
+            results.append(torch.autograd.grad(cpu.ssd(*leaves, segments)[0].square().sum(), leaves))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, z) for y, z in zip(*results, strict=True))
+
+
+def test_a_long_sequence_keeps_the_gradient_of_its_steps():
+    g = torch.Generator().manual_seed(1)
+    row = [torch.randn(6000, 2, 8, generator=g), 0.3 * torch.rand(6000, 2, generator=g), -torch.tensor([0.01, 12.0])]
+    row += [torch.randn(6000, 1, 8, generator=g), torch.randn(6000, 1, 8, generator=g), torch.tensor([30.0, 1.0])]
+    segments = Segments.of([6000])
+    compare(lambda *v: cpu.ssd(*v, segments)[:1], lambda *v: vectorised.ssd(*v, segments)[:1], row, loose=(2,))
+
+
+def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
+    row, segments = scan_of_slices(), Segments.of([200])
+    double = [v.double() for v in row]
+    assert torch.equal(cpu.ssd(*double, segments)[0], vectorised.ssd(*double, segments)[0])
+    monkeypatch.setattr(library, "load", lambda: (None, "it was not built"))
+    monkeypatch.setattr(cpu, "load", lambda: (None, "it was not built"))
+    assert ops.active()["ssd"] == "torch" and cpu.isa() is None
+    assert torch.equal(ops.ssd(*row, segments)[0], vectorised.ssd(*row, segments)[0])
+
+
+def test_nothing_leaks():
+    def work(times):
+        for _ in range(times):
+            leaves = [v.detach().clone().requires_grad_() for v in scan_of_slices(tokens=130)]
+            y = cpu.ssd(*leaves, Segments.of([60, 70]))[0]
+            y = cpu.conv(y.flatten(1), torch.ones(64, 4), None, Segments.of([130]))[0]
+            cpu.gated_norm(y, y, torch.ones(64), 2, 1e-5).sum().backward()
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = work(100)
+    assert work(400) - before < 8 * 1024  # kilobytes
