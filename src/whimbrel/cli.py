@@ -21,6 +21,7 @@ from whimbrel.errors import UserError
 
 if TYPE_CHECKING:
     from whimbrel.engine import Engine
+    from whimbrel.pipeline.console import Display
 
 app = typer.Typer(
     name="whimbrel",
@@ -90,10 +91,8 @@ def run(
 def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2")]) -> None:
     """Bring a real pretrained model into the cache, checked, with its licence."""
     from whimbrel.model import fetch as fetching
-    from whimbrel.pipeline.console import Display
 
-    folder = fetching.fetch(name, Display().event)
-    typer.echo(folder)
+    typer.echo(fetching.fetch(name, _display().event))
 
 
 @app.command()
@@ -116,19 +115,41 @@ def generate(
     from whimbrel.config import load
     from whimbrel.engine import Sampling
     from whimbrel.engine.offline import generate_file
-    from whimbrel.pipeline.console import Display
 
     sampling = load(Sampling, config, overrides or ())
     if not prompts.is_file():
         raise UserError(f'{prompts} is no file; write prompts to it, one JSON object a line: {{"prompt": "…"}}')
-    display = Display()
-    engine = _engine(model, dtype, device)
+    display = _display()
+    engine = _engine(model, dtype, device, display)
     display.start("generate")
     try:
         figures = generate_file(engine, prompts, out, sampling, name=model, report=display.event)
     finally:
         display.stop()
     typer.echo(f"{out}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()))
+
+
+@app.command()
+def chat(
+    model: Model,
+    overrides: Overrides = None,
+    once: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this and leave.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    config: Config = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Talk with a model in the terminal; `/help` there lists the commands. A pipe is answered line by line.
+
+    Settings: those of `whimbrel generate`.
+    """
+    from whimbrel.config import load
+    from whimbrel.engine import Sampling
+    from whimbrel.serve.chat import chat as talk
+
+    sampling = load(Sampling, config, overrides or ())
+    engine = _engine(model, dtype, device, _display(), sequences=1)
+    raise typer.Exit(talk(engine, sampling, once=once, system=system))
 
 
 @app.command()
@@ -184,7 +205,7 @@ def _stage(kind: str, about: str) -> None:
         else:
             typer.echo(single.run(kind, config, overrides or (), inputs or (), out))
 
-    command.__doc__ = f"Stage: {about}"
+    command.__doc__ = f"Stage: {about}\n\nSettings: `whimbrel {kind} --show` prints them all."
     app.command(kind)(command)
 
 
@@ -192,12 +213,29 @@ for _kind, _about in STAGES.items():
     _stage(_kind, _about)
 
 
-def _engine(model: str, dtype: str, device: str) -> Engine:
+def _display() -> Display:
+    """For commands whose standard output is the result: everything else goes to standard error."""
+    from rich.console import Console
+
+    from whimbrel.pipeline.console import Display
+
+    return Display(Console(stderr=True, highlight=False, soft_wrap=True))
+
+
+def _engine(model: str, dtype: str, device: str, display: Display, sequences: int = 16) -> Engine:
+    import torch
+
     from whimbrel import Engine, LanguageModel, Tokenizer
     from whimbrel.model.checkpoint import resolve
 
     folder = resolve(model)
-    return Engine(LanguageModel.load(folder, dtype=dtype, device=device), Tokenizer.load(folder))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"device is {device!r}, which torch cannot use here ({why}); set --device to cpu") from None
+    loaded = LanguageModel.load(folder, dtype=dtype, device=device)
+    return Engine(loaded, Tokenizer.load(folder), max_sequences=sequences, report=display.event)
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
