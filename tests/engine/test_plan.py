@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from whimbrel.engine.plan import BLOCK, Plan, plan
+from whimbrel.engine.sampler import Draw, sample
+from whimbrel.engine.sampling import Sampling
 from whimbrel.errors import UserError
 from whimbrel.model import count
 from whimbrel.model.language import LanguageModel
+from whimbrel.model.layout import Layout
 from whimbrel.model.presets import PRESETS, preset
 from whimbrel.model.state import State
 
@@ -167,3 +172,44 @@ def test_nonsense_names_the_setting(setting: str, value: object) -> None:
     given = {"memory": GIB, "context": 64} | {setting: value}
     with pytest.raises(UserError, match=f"{setting} is .*set {setting} to"):
         plan(NINE, **given)  # type: ignore[arg-type]
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Largest number of bytes that torch's CPU allocator holds for `work` at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("name", ["hybrid-1m", "dense-tiny"])
+def test_serving_stays_within_the_plan(name: str) -> None:
+    """Load, read prompts to their ends, decode and sample: torch holds at most what is planned, and at least 0.85 of it.
+
+    The vocabulary is wide, so that logits count. The masks of torch's CPU kernel for a prompt in pieces come on top.
+    """
+    config, context, batch, chunk = replace(preset(name), vocab_size=4096), 768, 3, 256
+    made = plan(config, memory=GIB, context=context, batch=batch, dtype="float32", prefill_tokens=chunk)
+    table = torch.arange(batch * context // BLOCK).view(batch, -1)
+    slots = torch.arange(batch)
+
+    def serve() -> None:
+        model = LanguageModel(config).initialise(0)
+        state = State.empty(config, slots=batch, blocks=table.numel(), block_size=BLOCK)
+        for s in range(batch):
+            for at in range(0, context - 1, chunk):
+                n, one = min(chunk, context - 1 - at), slice(s, s + 1)
+                last = torch.tensor([n - 1])
+                layout = Layout.of([n], [at], slots=slots[one], block_table=table[one], rows=last)
+                model(torch.zeros(n, dtype=torch.int64), layout, state)
+        layout = Layout.of([1] * batch, [context - 1] * batch, slots=slots, block_table=table)
+        hidden_SD = model(torch.zeros(batch, dtype=torch.int64), layout, state)
+        sample(model.head(hidden_SD), [Draw(Sampling(temperature=1.0, top_p=0.9), 1, 0, s) for s in range(batch)])
+
+    with torch.inference_mode():
+        peak = allocated(serve)
+    assert 0.85 * made.total_bytes < peak < made.total_bytes + 13 * chunk * context
