@@ -96,6 +96,13 @@ def test_a_file_is_an_input_too(tmp_path: Path) -> None:
     assert {node.name: node for node in found.nodes}["j"].inputs["right"] == page
 
 
+def test_what_is_free_in_training_is_free_in_the_key() -> None:
+    from whimbrel.pipeline.stages import STAGES
+    from whimbrel.train.loop import FREE
+
+    assert STAGES["pretrain"].free == tuple(f"train.{name}" for name in FREE)
+
+
 def test_the_table_names_code_that_exists() -> None:
     from whimbrel.pipeline.stages import STAGES, locate
 

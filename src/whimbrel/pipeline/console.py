@@ -94,7 +94,7 @@ class Display:
         rate = self.rate.add(done, now)
         unit = event.get("unit", "")
         note = f"{format_count(done)}{f' of {format_count(total)}' if total else ''} {unit}".rstrip()
-        if rate > 0:
+        if rate > 0 and "left" not in str(event.get("text")):  # training says itself how fast it is and what is left
             note += f" · {figure(rate)}/s"
             if total and total > done:
                 note += f" · {duration((total - done) / rate)} left"

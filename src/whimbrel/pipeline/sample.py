@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from whimbrel.config import Settings
-from whimbrel.errors import UserError
 from whimbrel.events import Report
 from whimbrel.pipeline import manifest
 
@@ -15,21 +16,21 @@ from whimbrel.pipeline import manifest
 class SampleSettings(Settings):
     """How to sample; the words are those of `whimbrel.Sampling`."""
 
-    prompts: tuple[str, ...]
-    """Beginnings to go on from; "" starts a document of the model's own."""
-    max_tokens: int = 96
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    """Beginnings to go on from."""
+    max_tokens: int = Field(default=96, ge=1)
     """Tokens to write at most, for each prompt."""
-    temperature: float = 0.8
+    temperature: float = Field(default=0.8, ge=0)
     """0 takes the likeliest token each time."""
-    top_p: float = 0.95
+    top_p: float = Field(default=0.95, gt=0, le=1)
     """Draw from the likeliest tokens that together reach this share."""
-    top_k: int = 0
+    top_k: int = Field(default=0, ge=0)
     """Draw from this many likeliest tokens; 0: all."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = Field(default=1.0, gt=0)
     """Above 1 makes tokens less likely that have been written before."""
-    threads: int = 1
+    threads: int = Field(default=1, ge=1)
     """Threads of the CPU; a small model gains nothing from a second one."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Draws of prompt i depend on seed + i alone."""
     untrained: bool = False
     """Also let a model of the same shape with random weights write, to show what training has changed."""
@@ -55,8 +56,6 @@ def run(settings: SampleSettings, inputs: Mapping[str, Path], out: Path, report:
     from whimbrel.model import LanguageModel
     from whimbrel.text import Tokenizer
 
-    if not settings.prompts:
-        raise UserError('prompts is empty; set prompts to a list of beginnings, for instance ["The function "]')
     torch.set_num_threads(settings.threads)
     folder = model_folder(inputs["model"])
     model, tokenizer = LanguageModel.load(folder), Tokenizer.load(folder)
