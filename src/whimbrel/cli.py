@@ -42,7 +42,7 @@ Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="S
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:1.")]
-
+Threads = Annotated[int, typer.Option(min=0, help="Threads of the CPU; 0 measures which number is fastest now.")]
 
 STAGES = {
     "data": "raw pages to documents, with the reason of every drop.",
@@ -106,6 +106,7 @@ def generate(
     config: Config = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    threads: Threads = 0,
 ) -> None:
     """Answer a file of prompts; stopped anywhere, the same command goes on.
 
@@ -120,7 +121,7 @@ def generate(
     if not prompts.is_file():
         raise UserError(f'{prompts} is no file; write prompts to it, one JSON object a line: {{"prompt": "…"}}')
     display = _display()
-    engine = _engine(model, dtype, device, display)
+    engine = _engine(model, dtype, device, threads, display)
     display.start("generate")
     try:
         figures = generate_file(engine, prompts, out, sampling, name=model, report=display.event)
@@ -138,6 +139,7 @@ def chat(
     config: Config = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    threads: Threads = 0,
 ) -> None:
     """Talk with a model in the terminal; `/help` there lists the commands. A pipe is answered line by line.
 
@@ -148,7 +150,7 @@ def chat(
     from whimbrel.serve.chat import chat as talk
 
     sampling = load(Sampling, config, overrides or ())
-    engine = _engine(model, dtype, device, _display(), sequences=1)
+    engine = _engine(model, dtype, device, threads, _display(), sequences=1)
     raise typer.Exit(talk(engine, sampling, once=once, system=system))
 
 
@@ -222,11 +224,12 @@ def _display() -> Display:
     return Display(Console(stderr=True, highlight=False, soft_wrap=True))
 
 
-def _engine(model: str, dtype: str, device: str, display: Display, sequences: int = 16) -> Engine:
+def _engine(model: str, dtype: str, device: str, threads: int, display: Display, sequences: int = 16) -> Engine:
     import torch
 
     from whimbrel import Engine, LanguageModel, Tokenizer
     from whimbrel.model.checkpoint import resolve
+    from whimbrel.train.threads import choose
 
     folder = resolve(model)
     try:
@@ -235,6 +238,9 @@ def _engine(model: str, dtype: str, device: str, display: Display, sequences: in
         why = str(error).partition("\n")[0]
         raise UserError(f"device is {device!r}, which torch cannot use here ({why}); set --device to cpu") from None
     loaded = LanguageModel.load(folder, dtype=dtype, device=device)
+    if device == "cpu":  # on shared cores two threads can be many times slower than one
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        torch.set_num_threads(choose(threads, None, torch.inference_mode()(lambda: loaded(token)), display.event))
     return Engine(loaded, Tokenizer.load(folder), max_sequences=sequences, report=display.event)
 
 
