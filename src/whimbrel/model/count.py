@@ -161,7 +161,7 @@ def decode_bytes(
 def activation_bytes(config: ModelConfig, tokens: int, context: int, dtype: str = "bfloat16") -> int:
     """Largest bytes of temporary tensors while the last `tokens` tokens of a prompt of `context` are computed.
 
-    Layers come one after the other, so the largest counts; numbers a token, as `ops/torch` computes:
+    Layers come one after the other, so the largest counts; numbers a token in `ops/torch` (`ops/cpu` takes less):
     every layer  2D (the stream and its norm)
     -            3F, or 4F with a gate
     *            3HE + 2KE, and 2KE numbers and an index (8 bytes) a token of the context: one layer's keys and values,
