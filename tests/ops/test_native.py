@@ -1,6 +1,7 @@
 """The native operations against float64, in every instruction set this processor has.
 
-Float32: 2e-5 of the largest value, and 2e-4 for the gradient of `a`, a sum over all tokens of terms that cancel.
+Float32: 2e-5 of the largest value; for the gradient of `a`, a sum over all tokens of differences, of the sum of what is
+subtracted.
 """
 
 import gc
@@ -31,9 +32,10 @@ def instruction_set(name):
     assert cpu.use(before)
 
 
-def gap(got, expected):
-    """The largest difference, as a share of the largest value (of 0.1, where all values are small)."""
-    return ((got - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=0.1)).item()
+def gap(got, expected, scale=None):
+    """The largest difference, as a share of the largest value (at least 0.1) or of a stated scale."""
+    scale = expected.detach().abs().max().clamp(min=0.1) if scale is None else scale
+    return ((got - expected).detach().abs() / scale).max().item()
 
 
 def with_gradients(function, leaves, seed):
@@ -44,7 +46,7 @@ def with_gradients(function, leaves, seed):
     return outputs, torch.autograd.grad(total, leaves)
 
 
-def compare(native, true, leaves, seed=0, loose=()):
+def compare(native, true, leaves, seed=0, scales={}):  # noqa: B006
     """Native in float32 against the vectorised form in float64, in every instruction set."""
     double = [v.float().double().requires_grad_() for v in leaves]
     expected, expected_gradients = with_gradients(true, double, seed)
@@ -55,7 +57,15 @@ def compare(native, true, leaves, seed=0, loose=()):
         for y, e in zip(got, expected, strict=True):
             assert gap(y, e) < 2e-5, isa
         for place, (y, e) in enumerate(zip(got_gradients, expected_gradients, strict=True)):
-            assert gap(y, e) < (2e-4 if place in loose else 2e-5), (isa, place)
+            assert gap(y, e, scales.get(place)) < 2e-5, (isa, place)
+
+
+def size_of_decay_terms(leaves, segments, seed):
+    """[H] sum over tokens of dt_t |dy_t| |y_t| without the skip: what the gradient of `a` is a difference of."""
+    x, dt, a, b, c, d, *initial = (v.double() for v in leaves)
+    y = vectorised.ssd(x, dt, a, b, c, d * 0, segments, *initial)[0]
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).double()
+    return (dt * upstream.norm(dim=-1) * y.norm(dim=-1)).sum(0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -82,7 +92,7 @@ def test_scan(lengths, shared, groups, width, size, seed):
         lambda *v: vectorised.ssd(*v[:6], segments, v[6])[:2],
         leaves,
         seed,
-        loose=(2,),
+        {2: size_of_decay_terms(leaves, segments, seed)},
     )
 
 
@@ -113,7 +123,7 @@ def test_convolution(lengths, channels, width, biased, seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(tokens=st.integers(1, 40), groups=st.integers(1, 4), width=st.integers(1, 70), seed=st.integers(0, 99))
+@given(tokens=st.integers(1, 40), groups=st.integers(1, 4), width=st.integers(2, 70), seed=st.integers(0, 99))
 def test_gated_norm(tokens, groups, width, seed):
     g = torch.Generator().manual_seed(seed)
     leaves = [3 * torch.randn(tokens, groups * width, generator=g) for _ in range(2)] + [
@@ -164,7 +174,12 @@ def test_a_long_sequence_keeps_the_gradient_of_its_steps():
     row = [torch.randn(6000, 2, 8, generator=g), 0.3 * torch.rand(6000, 2, generator=g), -torch.tensor([0.01, 12.0])]
     row += [torch.randn(6000, 1, 8, generator=g), torch.randn(6000, 1, 8, generator=g), torch.tensor([30.0, 1.0])]
     segments = Segments.of([6000])
-    compare(lambda *v: cpu.ssd(*v, segments)[:1], lambda *v: vectorised.ssd(*v, segments)[:1], row, loose=(2,))
+    compare(
+        lambda *v: cpu.ssd(*v, segments)[:1],
+        lambda *v: vectorised.ssd(*v, segments)[:1],
+        row,
+        scales={2: size_of_decay_terms(row, segments, 0)},
+    )
 
 
 def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
