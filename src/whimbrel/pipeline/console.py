@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from whimbrel.units import format_count
@@ -63,10 +64,10 @@ class Display:
         """A stage begins."""
         self.name, self.rate, self.last = name, Rate(), time.monotonic()
         if self.console.is_terminal:
-            columns = [SpinnerColumn(), TextColumn("{task.description:<14}"), BarColumn(bar_width=28)]
-            self.progress = Progress(
-                *columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=self.console, transient=True
-            )
+            note = TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+            bar = BarColumn(bar_width=28 if self.console.width >= 120 else 10)
+            label = TextColumn("{task.description:<10}")
+            self.progress = Progress(SpinnerColumn(), label, bar, note, console=self.console, transient=True)
             self.progress.add_task(name, total=None, note="")
             self.progress.start()
         else:
