@@ -1,5 +1,7 @@
 """Attention against the one-query-at-a-time truth, float64 at 1e-12."""
 
+import sys
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +32,15 @@ def test_equals_the_truth(pairs, kv, shared, width, history):
     )
     expected = reference.attention(q, k, v, queries, keys)
     torch.testing.assert_close(vectorised.attention(q, k, v, queries, keys), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_long_history_is_attended_to_in_pieces(monkeypatch):
+    queries, keys = Segments.of([7, 1, 4]), Segments.of([20, 9, 4])
+    q, k, v = normal(12, 4, 3), normal(33, 2, 3, seed=1), normal(33, 2, 3, seed=2)
+    expected = reference.attention(q, k, v, queries, keys)
+    for pairs in (1, 45, 60):
+        monkeypatch.setattr(sys.modules["whimbrel.ops.torch.attention"], "MASKED", pairs)
+        torch.testing.assert_close(vectorised.attention(q, k, v, queries, keys), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_in_both_forms_of_packing():

@@ -13,6 +13,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from whimbrel.ops.segments import Segments
 
+MASKED = 1 << 22
+"""Pairs of a query and a key for which torch may build one mask (13 bytes a pair on a CPU)."""
+
 
 def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, keys: Segments) -> Tensor:
     """Causal attention inside each sequence: y_THE. Scale E^-0.5.
@@ -38,6 +41,16 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, n: int, m: int) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if n == m:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    rows = max(1, MASKED // m)
+    if n > rows:  # a long history: some queries at a time, each with the keys up to its last one
+        ends = [min(n, begin + rows) for begin in range(0, n, rows)]
+        return torch.cat(
+            [
+                _fused(q[:, :, begin:end], k[:, :, : m - n + end], v[:, :, : m - n + end], end - begin, m - n + end)
+                for begin, end in zip([0, *ends], ends, strict=False)
+            ],
+            dim=2,
+        )
     if n == 1:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, m), enable_gqa=grouped)
