@@ -44,6 +44,7 @@ SHORT = [
     "pretrain.train.checkpoint_every=3",
     "pretrain.train.threads=1",
     "pretrain.train.tensorboard=false",
+    "pretrain.train.optimizer.learning_rate=1e-2",
     "pretrain.train.schedule.warmup_steps=2",
     "sample.max_tokens=12",
     "sample.prompts=[The function returns, A table]",
