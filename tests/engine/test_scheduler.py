@@ -97,6 +97,17 @@ def test_the_youngest_gives_way_and_comes_back_first(tokenizer):
     assert [sequence for sequence, _ in scheduler.schedule()] == [young]
 
 
+def test_with_ample_memory_a_sequence_lies_in_one_piece_however_many_grow(tokenizer):
+    pool = make_pool(slots=3, kv_tokens=240)
+    sequences = [make_sequence(tokenizer, 5, 50, number) for number in range(3)]
+    assert all(pool.admit(sequence) for sequence in sequences)
+    for _ in range(50):
+        for sequence in sequences:
+            sequence.tokens.append(71)
+            assert pool.grow(sequence)
+    assert all(after - before == 1 for s in sequences for before, after in zip(s.blocks, s.blocks[1:], strict=False))
+
+
 def test_a_model_without_attention_holds_any_length(tokenizer):
     pool = make_pool("M", slots=1, kv_tokens=4)
     sequence = make_sequence(tokenizer, 1000, 1, 0)

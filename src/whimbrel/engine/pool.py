@@ -37,7 +37,7 @@ class Pool:
         self.version: int | None = None
         """Version of the weights that computed what the pool holds."""
         self._slots = list(range(slots))[::-1]
-        self._blocks = list(range(count))[::-1]
+        self._blocks = set(range(count))
         self._table = torch.zeros((slots, max(count, 1)), dtype=torch.int64, device=device)
         self._device = device
         self._rows: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, dtype=torch.int64, device=device))
@@ -71,16 +71,28 @@ class Pool:
         if missing > len(self._blocks):
             return False
         for _ in range(missing):
-            block = self._blocks.pop()
+            block = self._next(sequence)
             self._table[sequence.slot, len(sequence.blocks)] = block
             sequence.blocks.append(block)
         return True
+
+    def _next(self, sequence: Sequence) -> int:
+        """A free block: the neighbour of the last if it can be, since neighbours are read without a copy.
+
+        Each slot begins in a part of its own, so that where memory is ample every sequence lies in one piece.
+        """
+        assert sequence.slot is not None
+        block = sequence.blocks[-1] + 1 if sequence.blocks else sequence.slot * self.blocks // self.slots
+        if block in self._blocks:
+            self._blocks.remove(block)
+            return block
+        return self._blocks.pop()
 
     def release(self, sequence: Sequence) -> None:
         """Take everything back. Nothing needs clearing: a sequence without past ignores what its slot held."""
         if sequence.slot is not None:
             self._slots.append(sequence.slot)
-        self._blocks.extend(reversed(sequence.blocks))
+        self._blocks.update(sequence.blocks)
         sequence.slot, sequence.blocks, sequence.cached = None, [], 0
 
     def places(self, sequences: Rows[Sequence]) -> tuple[Tensor, Tensor]:
