@@ -1,4 +1,4 @@
-"""Installing from the source tree: with a compiler the native library comes along, without one the package works alone."""
+"""Installing from the source tree: with a compiler the native library comes along, without one the rest works alone."""
 
 from __future__ import annotations
 
