@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,36 @@ def test_weights_and_config_come_back_exactly(tmp_path, llama, write_gguf, tied,
 def test_quantised_weights_come_back_within_their_step(tmp_path, llama, write_gguf, kind, tolerance):
     model = llama()
     assert_same(model, LanguageModel.load(write_gguf(tmp_path / "model.gguf", model, kind)), tolerance)
+
+
+def test_a_k_quant_is_decoded_as_its_layout_says(tmp_path, llama):
+    """Q6_K, from random bytes: 256 numbers of six bits, 16 scales of eight, one factor."""
+    gguf = pytest.importorskip("gguf")
+    raw = np.random.default_rng(0).integers(0, 256, (320, 210), dtype=np.uint8)
+    raw[:, 208:] = np.array([0.01], np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    for name, value in (("block_count", 1), ("embedding_length", 256), ("feed_forward_length", 8), ("head_count", 4)):
+        getattr(writer, f"add_{name}")(value)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tensor("token_embd.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q6_K)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    low, high, scales = (
+        raw[:, :128].reshape(-1, 2, 64),
+        raw[:, 128:192].reshape(-1, 2, 32),
+        raw[:, 192:208].view(np.int8),
+    )
+    nibbles = np.concatenate([low & 15, low >> 4], axis=2)
+    twos = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2)
+    numbers = (nibbles | (twos << 4)).reshape(320, 256).astype(np.float32) - 32
+    expected = np.float32(np.float16(0.01)) * np.repeat(scales, 16, axis=1).astype(np.float32) * numbers
+    assert np.allclose(GGUF(tmp_path / "a.gguf").read("token_embd.weight").numpy(), expected, rtol=1e-6)
 
 
 def test_a_folder_with_one_gguf_is_a_model_and_saves_as_a_hugging_face_folder(tmp_path, llama, write_gguf):
