@@ -85,7 +85,7 @@ def training(
     width: int, train: Sequence[Point], held_out: Sequence[Point], rate: Sequence[Point], guess: float | None
 ) -> str:
     """Loss above, learning rate below, on one axis of tokens. `guess`: the loss of a uniform guess, drawn as a mark."""
-    height = min(430, round(width * 0.52) + 110)
+    height = max(340, min(430, round(width * 0.52) + 110))
     end = max(x for x, _ in [*train, *held_out])
     losses = [y for _, y in [*train, *held_out]] + ([guess] if guess else [])
     low, high = min(losses), max(losses)

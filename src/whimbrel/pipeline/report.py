@@ -103,7 +103,7 @@ def story(kinds: Mapping[str, Manifest]) -> list[str]:
         seen, shape = kinds["pretrain"]["metrics"], kinds["pretrain"]["probe"]["shape"]
         told.append(
             f"A model of {len(shape['pattern'])} layers, {shape['hidden_size']} wide, read "
-            f"{format_count(seen['tokens'])} of them at {seen['tokens'] / seen['seconds']:,.0f} a second."
+            f"{format_count(seen['tokens'])} tokens at {seen['tokens'] / seen['seconds']:,.0f} a second."
         )
     return told
 
