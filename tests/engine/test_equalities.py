@@ -95,6 +95,17 @@ def test_prefill_and_decode_equal_one_pass_for_each_length(model, tokenizer):
             check(model, prompt, next(engine.generate([prompt], GREEDY)), greedy=True)
 
 
+def test_what_slots_and_blocks_held_before_is_never_read(model, tokenizer):
+    prompts = prompts_of([3, 21, 40])
+    engine = Engine(model, tokenizer, max_sequences=3, kv_tokens=256, prefill_tokens=16).start()
+    state = engine._running().pool.state
+    for kind in (state.conv, state.ssm, state.k, state.v):
+        for tensor in kind.values():
+            tensor.fill_(float("nan"))
+    for prompt, answer in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+        check(model, prompt, answer, greedy=True)
+
+
 def test_preempted_equals_undisturbed(hybrid, tokenizer):
     prompts = prompts_of([9, 10, 11, 12])
     engine = Engine(hybrid, tokenizer, max_sequences=4, kv_tokens=56, block_size=4)

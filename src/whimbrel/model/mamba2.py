@@ -80,9 +80,10 @@ class Mamba2(nn.Module):
             slots_S = layout.slots[layout.decodes :]
             past = layout.past[layout.decodes :]
             if any(past):
-                known_S = torch.tensor([p > 0 for p in past], device=xbc_TI.device)
-                tail = state.conv[layer][slots_S] * known_S[:, None, None]
-                initial = state.ssm[layer][slots_S] * known_S[:, None, None, None]
+                # Filled, not multiplied: what another sequence left in the slot may be infinite.
+                fresh_S = torch.tensor([p == 0 for p in past], device=xbc_TI.device)
+                tail = state.conv[layer][slots_S].masked_fill_(fresh_S[:, None, None], 0)
+                initial = state.ssm[layer][slots_S].masked_fill_(fresh_S[:, None, None, None], 0)
         xbc_TI, tail = ops.conv(xbc_TI, self.conv_weight, self.conv_bias, rest, tail)
         x_THP, b_TGN, c_TGN = self._split(xbc_TI)
         y_THP, final, _ = ops.ssd(x_THP, dt_TH, -self.A_log.exp(), b_TGN, c_TGN, self.D, rest, initial)

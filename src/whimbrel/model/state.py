@@ -39,7 +39,7 @@ class State:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> State:
-        """Zeros for `slots` recurrent states and `blocks` blocks of `block_size` tokens."""
+        """Room for `slots` recurrent states (zeros) and `blocks` blocks of `block_size` tokens (any values)."""
         tail = (slots, config.conv_channels, config.conv_kernel - 1)
         state = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         block = (blocks, block_size, config.num_key_value_heads, config.head_dim)
@@ -47,8 +47,9 @@ class State:
         return cls(
             conv={i: torch.zeros(tail, dtype=dtype, device=device) for i in mamba},
             ssm={i: torch.zeros(state, dtype=torch.float32, device=device) for i in mamba},
-            k={i: torch.zeros(block, dtype=dtype, device=device) for i in attention},
-            v={i: torch.zeros(block, dtype=dtype, device=device) for i in attention},
+            # Not filled: a place is written before it is read, and on a CPU untouched pages cost nothing.
+            k={i: torch.empty(block, dtype=dtype, device=device) for i in attention},
+            v={i: torch.empty(block, dtype=dtype, device=device) for i in attention},
             block_size=block_size,
         )
 
