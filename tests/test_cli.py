@@ -85,6 +85,8 @@ def test_an_unknown_command_names_the_nearest_or_all(capsys: pytest.CaptureFixtu
         (("generate", "nowhere", "p.jsonl", "top_p=2"), ["top_p", "0.95"]),
         (("generate", "nowhere", "p.jsonl", "--temperature", "1"), ["without dashes: temperature=VALUE"]),
         (("generate", "nowhere", "p.jsonl"), ["nowhere"]),
+        (("chat", "nowhere"), ["nowhere", "smollm2"]),
+        (("plan", "qwen3-8c", "--memory", "22GiB", "--context", "64"), ["'qwen3-8b'"]),
         (("data", "--config", "none.yaml"), ["none.yaml does not exist"]),
         (("data", "langages=[en]"), ["did you mean languages?"]),
         (("tokenizer",), ["needs documents", "--input documents=PATH"]),
@@ -166,12 +168,14 @@ def test_doctor_measures_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert found["cpu"]["bandwidth"] > 1e8
     assert found["cpu"]["matmul_peak"] > 1e8
-    assert found["operations"]["ssd"] == "torch"
+    assert set(found["operations"].values()) <= {"cpu", "torch", "reference"}
+    assert (found["native"]["isa"] is None) != (found["native"]["reason"] is None)
     assert 0 < found["memory"]["free_bytes"] <= found["memory"]["total_bytes"]
     code, text, _ = call(capsys, "doctor")
     assert code == 0
     assert found["cpu"]["model"] in text
     assert "GB/s" in text
+    assert (found["native"]["isa"] or found["native"]["reason"]) in text
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
