@@ -99,3 +99,11 @@ def test_a_limit_drops_what_breaks_it_and_nothing_else(limit: str) -> None:
 def test_the_first_limit_broken_is_the_reason() -> None:
     drop = check("17 18", Limits())
     assert drop is not None and (drop.reason, drop.figure, drop.detail) == ("words", 2, "min 50")
+
+
+def test_a_limit_itself_is_allowed() -> None:
+    exactly = OFF.model_copy(update={"min_words": 5, "max_words": 5})
+    assert check("one two three four five", exactly) is None
+    assert (
+        check("one two three four", exactly) is not None and check("one two three four five six", exactly) is not None
+    )

@@ -58,6 +58,7 @@ def crawl(tmp_path: Path, record: Record, zipped: Callable[[list[bytes]], bytes]
         record("https://birds.example/de", page(GERMAN * 8)),
         record("https://birds.example/de?again", page(GERMAN * 8)),
         record("https://birds.example/short", page("The bird and that coast have to be with wind.")),
+        record("https://birds.example/short?again", page("The bird and that coast have to be with wind.")),
         record("https://birds.example/menu", page("\n".join(["The bird and the nest", "have to be with it"] * 30))),
         record("https://birds.example/photo", b"\xff\xd8\xff", kind="image/jpeg"),
         record("https://birds.example/gone", b"<p>gone</p>", status="404 Not Found"),
@@ -87,13 +88,13 @@ def test_the_funnel_counts_what_was_planted(tmp_path: Path, crawl: Path) -> None
     events: list[dict[str, Any]] = []
     metrics = make(tmp_path / "out", settings(crawl), events.append)
     assert metrics["funnel"] == {
-        "read": 30, "pages": 27, "with_text": 26, "in_language": 24, "unique": 22, "kept": 20,
+        "read": 31, "pages": 28, "with_text": 27, "in_language": 25, "unique": 22, "kept": 20,
     }  # fmt: skip
     assert metrics["dropped"] == {
-        "language": 2, "duplicate": 2, "words": 1, "unique_lines": 1, "media_type": 1, "http_status": 1,
+        "duplicate": 3, "language": 2, "words": 1, "unique_lines": 1, "media_type": 1, "http_status": 1,
         "no_text": 1, "page_bytes": 1,
     }  # fmt: skip
-    assert (metrics["pages"], metrics["documents"]) == (30, 20)
+    assert (metrics["pages"], metrics["documents"]) == (31, 20)
     kept = rows(tmp_path / "out" / "documents.parquet")
     assert [row["url"] for row in kept] == [f"https://birds.example/{i}" for i in range(20)]
     assert kept[7] == {
@@ -113,16 +114,17 @@ def test_the_funnel_counts_what_was_planted(tmp_path: Path, crawl: Path) -> None
         and gone["de"]["figure"] > 0.9
         and gone["de"]["detail"] == "de, wanted en from 0.3"
     )
+    assert gone["short?again"]["reason"] == "duplicate" and gone["short?again"]["id"] == gone["short"]["id"]
     assert gone["short"]["figure"] == 12 and gone["short"]["detail"] == "min 50"
     assert gone["gone"]["figure"] == 404 and gone["huge"]["figure"] > 100_000
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["documents.parquet", "dropped.parquet"]
     progress = [event for event in events if event["event"] == "progress"]
-    assert progress[-1]["done"] == 30 and progress[-1]["unit"] == "pages"
+    assert progress[-1]["done"] == 31 and progress[-1]["unit"] == "pages"
 
 
 def test_every_setting_arrives(tmp_path: Path, crawl: Path) -> None:
     languages = make(tmp_path / "a", settings(crawl, languages=["de"], limits=OFF))
-    assert (languages["documents"], languages["dropped"]["language"]) == (1, 24)
+    assert (languages["documents"], languages["dropped"]["language"]) == (1, 25)
     assert "language" not in make(tmp_path / "b", settings(crawl, languages=[]))["dropped"]
     scores = sorted(row["language_score"] for row in rows(tmp_path / "b" / "documents.parquet"))
     strict = make(tmp_path / "c", settings(crawl, languages=["en", "de"], min_language_score=scores[-3] - 1e-6))
@@ -162,13 +164,13 @@ def test_a_damaged_archive_stops_or_is_kept(tmp_path: Path, crawl: Path) -> None
         make(tmp_path / "out", both)
     events: list[dict[str, Any]] = []
     metrics = make(tmp_path / "out", both.model_copy(update={"damaged": "keep"}), events.append)
-    assert 5 < metrics["pages"] < 30 and "damaged after" in next(e["text"] for e in events if e["event"] == "warning")
+    assert 5 < metrics["pages"] < 31 and "damaged after" in next(e["text"] for e in events if e["event"] == "warning")
     assert rows(tmp_path / "out" / "documents.parquet")[-1]["text"] == prose(500)
 
 
 def test_nothing_left_says_why(tmp_path: Path, crawl: Path) -> None:
     with pytest.raises(
-        UserError, match=r"none of 30 pages became a document \(dropped: language 26, .*loosen languages"
+        UserError, match=r"none of 31 pages became a document \(dropped: language 27, .*loosen languages"
     ):
         make(tmp_path / "out", settings(crawl, languages=["is"]))
     (tmp_path / "empty.jsonl").write_bytes(b"")

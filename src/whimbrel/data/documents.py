@@ -28,7 +28,7 @@ DROPPED = {
     "reason": "string",  # the measure or step that decided
     "figure": "float64",
     "detail": "string",  # the limit
-    "id": "string",  # of a duplicate: the id of the document that stayed
+    "id": "string",  # a duplicate has the id of the text before it
     "language": "string",
     "characters": "int32",
 }

@@ -151,7 +151,7 @@ def _merge(parts: list[Path], out: Path) -> dict[str, Any]:
         for verdict in (verdict for part in parts for verdict in documents.read(part)):
             if verdict["reason"] not in _BEFORE_DUPLICATES:
                 if verdict["id"] in seen:
-                    verdict |= {"reason": "duplicate", "figure": None, "detail": "of the document with this id"}
+                    verdict |= {"reason": "duplicate", "figure": None, "detail": "of the text with this id"}
                 seen.add(verdict["id"])
             if verdict["reason"] is None:
                 kept.add(verdict)
