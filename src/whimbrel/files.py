@@ -39,7 +39,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder to fill; it takes the name `path` (replacing a folder of that name) when the block ends without an error."""
+    """A new folder to fill; it takes the name `path` (replacing a folder of that name) when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -60,6 +60,7 @@ class Writer:
             self._flush()
 
     def close(self) -> None:
+        """Write what is left and end the file."""
         self._flush()
         self._parquet.close()
 

@@ -61,6 +61,7 @@ class Prose:
 
     @cached_property
     def words(self) -> list[str]:
+        """What stands between white space."""
         return self.text.split()
 
     @cached_property

