@@ -122,7 +122,7 @@ def chat(
     system: str | None = None,
     console: Console | None = None,
 ) -> int:
-    """Talk until the end; the exit code, 1 if an answer could not be given. `once`: answer this one message and leave."""
+    """Talk until the end; the exit code, 1 if an answer could not be given. `once`: answer only this message."""
     talk = Chat(engine, sampling, system, console)
     engine.start()
     if once is not None:
