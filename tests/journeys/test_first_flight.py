@@ -237,7 +237,7 @@ def test_killed_at_random_it_ends_the_same(flown: Path, pages: Path, tmp_path: P
     expected, found = manifests(flown), manifests(folder)
     for name in STAGES:
         for made in (expected[name], found[name]):
-            for loose in ("wall_seconds", "peak_memory_bytes", "finished", "sessions", "files"):
+            for loose in ("wall_seconds", "peak_memory_bytes", "finished", "sessions", "files", "commit"):
                 made.pop(loose)
             for loose in TIMES:
                 made["metrics"].pop(loose, None)
