@@ -14,11 +14,21 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert list(each(math.exp, items, workers=2, deadline=20, memory=MEMORY)) == [(x, math.exp(x)) for x in items]
 
 
-def test_a_call_that_never_returns_is_killed_and_the_next_ones_go_on() -> None:
+def test_a_call_that_never_ends_is_killed_and_the_next_ones_go_on() -> None:
+    items = [range(3), range(10**15), range(4)]
+    outcomes = list(each(sum, items, workers=1, deadline=0.5, memory=MEMORY))
+    assert outcomes == [(items[0], 3), (items[1], Lost("timeout", "0.5 s")), (items[2], 6)]
+
+
+def test_a_call_that_waits_for_ever_is_killed_as_well() -> None:
     start = time.monotonic()
-    outcomes = list(each(time.sleep, [0.0, 3600.0, 0.0], workers=1, deadline=0.5, memory=MEMORY))
-    assert outcomes == [(0.0, None), (3600.0, Lost("timeout", "0.5 s")), (0.0, None)]
+    outcomes = list(each(time.sleep, [0.0, 3600.0, 0.0], workers=1, deadline=0.3, memory=MEMORY))
+    assert outcomes == [(0.0, None), (3600.0, Lost("timeout", "0.3 s")), (0.0, None)]
     assert time.monotonic() - start < 60
+
+
+def test_the_deadline_is_none_of_a_process_that_has_to_wait_for_its_turn() -> None:
+    assert list(each(time.sleep, [1.5], workers=1, deadline=1, memory=MEMORY)) == [(1.5, None)]
 
 
 def test_a_process_that_dies_and_a_call_that_fails_are_told_apart() -> None:

@@ -50,7 +50,7 @@ class DataSettings(Settings):
     limits: Limits = Limits()
     max_page_bytes: Bytes = 4 * 2**20
     deadline: float = Field(default=20, gt=0)
-    """Seconds for one page; a page that takes longer is dropped as `timeout`."""
+    """CPU seconds for one page; a page that takes longer is dropped as `timeout`."""
     memory: Bytes = 4 * 2**30
     """Addresses of one worker process; a page that needs more is dropped."""
     workers: int | None = Field(default=None, ge=1)

@@ -1,6 +1,8 @@
 """Call a function on each item in processes of their own: a call that does not return in time is killed and marked.
 
-The deadline is an alarm of the kernel. It also ends a process that is stuck in C code, or whose parent is gone.
+The deadline is an alarm of the kernel. It also ends a process that is stuck in C code, or whose parent is gone. It
+counts seconds of the processor, so that a machine that is busy or asleep changes no result; a call that waits for
+something that never comes ends after PATIENCE times as many seconds on the clock.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+PATIENCE = 30
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class _Worker:
             return self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
-            late = self.process.exitcode == -signal.SIGALRM
+            late = self.process.exitcode in (-signal.SIGPROF, -signal.SIGALRM)
             self.pipe.close()
             self._start()
             return Lost("timeout", f"{self.deadline:g} s") if late else Lost("crashed")
@@ -65,6 +68,7 @@ class _Worker:
 
 def _serve(function: Callable[[Any], Any], pipe: Connection, deadline: float, memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
     while True:
@@ -72,11 +76,13 @@ def _serve(function: Callable[[Any], Any], pipe: Connection, deadline: float, me
             item = pipe.recv()
         except EOFError:  # the parent is gone
             return
-        signal.setitimer(signal.ITIMER_REAL, deadline)
+        signal.setitimer(signal.ITIMER_PROF, deadline)
+        signal.setitimer(signal.ITIMER_REAL, deadline * PATIENCE)
         try:
             result = function(item)
         except Exception as error:
             result = Lost("failed", f"{type(error).__name__}: {error}"[:200])
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         pipe.send(result)
 
@@ -86,7 +92,7 @@ def each(
 ) -> Iterator[tuple[Item, Any]]:
     """Yield (item, function(item) or Lost) in the order of the items, whatever the number of workers.
 
-    function: importable by its name, as are the items' types. deadline: seconds a call. memory: bytes a process may
+    function: importable by its name, as are the items' types. deadline: CPU seconds a call. memory: bytes a process may
     address.
     """
     crew = [_Worker(function, deadline, memory) for _ in range(workers)]
