@@ -78,7 +78,6 @@ class Engine:
         self._ends = frozenset(tokenizer.eos_ids) | frozenset((own,) if isinstance(own, int) else own or ())
         # A tag that is itself a special token must stay in the text, where it is looked for.
         self._skip_special = tokenizer.decode(tokenizer.encode(CLOSE)) == CLOSE
-        self._arrivals = 0
         self._warned = False
         self._scheduler: Scheduler | None = None
 
@@ -125,9 +124,7 @@ class Engine:
                 self.tokenizer.stream(skip_special=self._skip_special),
                 index=index,
                 sample=number,
-                arrival=self._arrivals,
             )
-            self._arrivals += 1
             scheduler.add(sequence)
             sequences.append(sequence)
         return sequences

@@ -61,7 +61,7 @@ class Pool:
         """Give a waiting sequence a slot and blocks for its tokens if `spare` blocks remain then; else False."""
         if not self._slots or self.need(len(sequence.tokens)) + spare > len(self._blocks):
             return False
-        sequence.slot, sequence.cached = self._slots.pop(), 0
+        sequence.slot = self._slots.pop()
         return self.grow(sequence)
 
     def grow(self, sequence: Sequence) -> bool:

@@ -22,6 +22,7 @@ class Scheduler:
         self.pool, self.prefill_tokens = pool, prefill_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        """In order of arrival: what gives way is always the last, and comes back before anything younger."""
 
     @property
     def busy(self) -> bool:
@@ -56,7 +57,6 @@ class Scheduler:
             sequence.begin()
             self.running.append(sequence)
             room -= self._chunk(work, sequence, room)
-        self.running.sort(key=lambda sequence: sequence.arrival)
         return work
 
     def recompute(self) -> None:

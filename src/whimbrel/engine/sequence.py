@@ -27,8 +27,6 @@ class Sequence:
     detokenise: TextStream
     index: int = 0
     sample: int = 0
-    arrival: int = 0
-    """Order of arrival; the largest is the youngest."""
     tokens: list[int] = field(default_factory=list)
     """Prompt and output."""
     cached: int = 0
