@@ -12,6 +12,9 @@
     void conv_backward(const Conv&, const ConvGradients&, int);                   \
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
+    void linear(const Linear&, int);                                              \
+    void attention_step(const AttentionStep&, int);                               \
+    void mlp_step(const MlpStep&, int);                                           \
     }
 
 DECLARE(baseline)
@@ -31,11 +34,15 @@ struct Form {
     void (*conv_backward)(const Conv&, const ConvGradients&, int);
     void (*gated_norm_forward)(const GatedNorm&, int);
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
+    void (*linear)(const Linear&, int);
+    void (*attention_step)(const AttentionStep&, int);
+    void (*mlp_step)(const MlpStep&, int);
 };
 
 #define FORM(isa, here)                                                                                           \
     Form{#isa, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,      \
-         whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward}
+         whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
+         whimbrel::isa::linear, whimbrel::isa::attention_step, whimbrel::isa::mlp_step}
 
 const Form forms[] = {
 #ifdef WHIMBREL_X86
@@ -83,4 +90,10 @@ void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads) { now->gate
 void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads) {
     now->gated_norm_backward(*norm, *gradients, threads);
 }
+
+void whimbrel_linear(const Linear* linear, int threads) { now->linear(*linear, threads); }
+
+void whimbrel_attention_step(const AttentionStep* step, int threads) { now->attention_step(*step, threads); }
+
+void whimbrel_mlp_step(const MlpStep* step, int threads) { now->mlp_step(*step, threads); }
 }

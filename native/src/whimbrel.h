@@ -55,6 +55,33 @@ struct GatedNormGradients {
     float *dy, *dgate, *dweight;  // dweight [threads, groups * width], as zeros
 };
 
+// y [rows, outputs] = x [rows, inputs] times weight [outputs, inputs] transposed, plus bias (may be null).
+struct Linear {
+    const float *x, *weight, *bias;
+    float* y;
+    int64_t rows, inputs, outputs;
+};
+
+// One attention layer of decoding: y = x + o(attention(q, k, v of rms_norm(x))), [rows, width], one token of each sequence.
+// Biases, q_norm and k_norm may be null; half is 0 without rotary, else cos and sin are [rows, half]. k and v are pools of
+// blocks [blocks, block_size, kv_heads, head_width]; table [rows, table_stride] lists those of each row; lengths counts the
+// keys with the present one, which is written to its place.
+struct AttentionStep {
+    const float *x, *norm, *wq, *wk, *wv, *wo, *bq, *bk, *bv, *bo, *q_norm, *k_norm, *cos, *sin;
+    float *k, *v, *y;
+    const int64_t *table, *lengths;
+    int64_t rows, width, heads, kv_heads, head_width, half, block_size, table_stride;
+    float eps;
+};
+
+// One feed-forward layer of decoding: y = x + down(act(up(rms_norm(x)))); gate null: squared ReLU, else SwiGLU.
+struct MlpStep {
+    const float *x, *norm, *up, *gate, *down, *up_bias, *gate_bias, *down_bias;
+    float* y;
+    int64_t rows, width, wide;
+    float eps;
+};
+
 WHIMBREL_EXPORT const char* whimbrel_isa();             // avx512, avx2 or baseline: what runs now
 WHIMBREL_EXPORT int whimbrel_use(const char* isa);      // 0 if that instruction set is not here
 WHIMBREL_EXPORT void whimbrel_scan_forward(const Scan* scan, int threads);
@@ -63,4 +90,7 @@ WHIMBREL_EXPORT void whimbrel_conv_forward(const Conv* conv, int threads);
 WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
+WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
+WHIMBREL_EXPORT void whimbrel_attention_step(const AttentionStep* step, int threads);
+WHIMBREL_EXPORT void whimbrel_mlp_step(const MlpStep* step, int threads);
 }

@@ -51,8 +51,8 @@ class Attention(nn.Module):
             q_THE = ops.rms_norm(q_THE, self.q_norm_weight, config.norm_eps)
             k_TKE = ops.rms_norm(k_TKE, self.k_norm_weight, config.norm_eps)
         if config.rope_theta is not None:
-            angles_TR = layout.angles(config)
-            q_THE, k_TKE = ops.rotary(q_THE, angles_TR), ops.rotary(k_TKE, angles_TR)
+            cos_TR, sin_TR = layout.rotation(config)
+            q_THE, k_TKE = ops.rotary(q_THE, cos_TR, sin_TR), ops.rotary(k_TKE, cos_TR, sin_TR)
         return q_THE, k_TKE, v_TKE
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from whimbrel import ops
 from whimbrel.model.attention import Attention
 from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
+from whimbrel.model.decoding import native_step
 from whimbrel.model.layout import Layout
 from whimbrel.model.mamba2 import Mamba2
 from whimbrel.model.mlp import MLP
@@ -39,6 +41,10 @@ class Layer(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None) -> Tensor:
         """[T, D] -> [T, D]."""
+        if state is not None and layout.only_decodes:
+            y_TD = native_step(self.norm, self.mixer, x_TD, layout, state, self.index)
+            if y_TD is not None:
+                return y_TD
         return x_TD + self.mixer(self.norm(x_TD), layout, state, self.index)
 
 
@@ -60,7 +66,7 @@ class Head(nn.Module):
         weight_VD = self.__dict__["embeddings"].weight if "embeddings" in self.__dict__ else self.weight
         if fn is not None:
             return fn(hidden_TD, weight_VD)
-        return (hidden_TD @ weight_VD.t()).to(torch.promote_types(hidden_TD.dtype, torch.float32))
+        return ops.linear(hidden_TD, weight_VD).to(torch.promote_types(hidden_TD.dtype, torch.float32))
 
 
 class LanguageModel(nn.Module):

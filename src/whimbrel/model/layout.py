@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.model.config import ModelConfig
-from whimbrel.model.positions import angles
+from whimbrel.model.positions import rotation
 from whimbrel.ops.segments import Segments
 
 
@@ -58,8 +58,7 @@ class Layout:
         rows: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Layout:
-        """Build a layout from whole numbers. Sequences of one token with a past must come first to take the fast path.
-        """
+        """Build a layout from whole numbers. Sequences of one token with a past come first, to take the fast path."""
         segments = Segments.of(lengths, device=device)
         past = tuple(past) if past is not None else (0,) * len(segments.lengths)
         assert len(past) == len(segments.lengths), "one past for each sequence"
@@ -71,11 +70,22 @@ class Layout:
                 decodes += 1
         return cls(segments, past, positions_T, decodes, slots, block_table, rows)
 
-    def angles(self, config: ModelConfig) -> Tensor:
-        """[T, R] rotary angles, computed once for all layers."""
-        if "angles" not in self._derived:
-            self._derived["angles"] = angles(config, self.positions_T)
-        return self._derived["angles"]
+    def rotation(self, config: ModelConfig) -> tuple[Tensor, Tensor]:
+        """cos_TR and sin_TR of the rotary angles, computed once for all layers."""
+        if "rotation" not in self._derived:
+            self._derived["rotation"] = rotation(config, self.positions_T)
+        return self._derived["rotation"]
+
+    @property
+    def only_decodes(self) -> bool:
+        """Does every sequence bring one token and continue a state?"""
+        return 0 < self.decodes == len(self.past)
+
+    def key_counts(self) -> Tensor:
+        """[T] int64: keys that each token sees, itself included."""
+        if "key_counts" not in self._derived:
+            self._derived["key_counts"] = self.positions_T + 1
+        return self._derived["key_counts"]
 
     def places(self, block_size: int) -> Tensor:
         """[T] where each token's key and value belong in the flattened blocks."""

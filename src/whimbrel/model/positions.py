@@ -29,6 +29,7 @@ def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return (1 - blend_R) * inverse_R / scaling.factor + blend_R * inverse_R
 
 
-def angles(config: ModelConfig, positions_T: Tensor) -> Tensor:
-    """[T, R] angles in float32, multiplied in float64 so that far positions stay exact."""
-    return (positions_T.to(torch.float64)[:, None] * frequencies(config, positions_T.device)).float()
+def rotation(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos_TR and sin_TR of the angles in float32; the angles are float64, so that far positions stay exact."""
+    angles_TR = positions_T.to(torch.float64)[:, None] * frequencies(config, positions_T.device)
+    return angles_TR.cos().float(), angles_TR.sin().float()

@@ -30,6 +30,11 @@ def active() -> dict[str, str]:
     return {name: next(form for form in here if hasattr(_FORMS[form], name)) for name in OPERATIONS}
 
 
+def native() -> bool:
+    """Does the native library run (for what it has)?"""
+    return _preferred[0] == "cpu" and cpu.load()[0] is not None
+
+
 @contextmanager
 def using(form: str) -> Iterator[None]:
     """Run every operation in one form inside the block, for tests and for finding faults."""
@@ -63,6 +68,7 @@ cross_entropy = _operation("cross_entropy")
 gated_norm = _operation("gated_norm")
 kl = _operation("kl")
 layer_norm_1p = _operation("layer_norm_1p")
+linear = _operation("linear")
 log_prob = _operation("log_prob")
 paged_attention = _operation("paged_attention")
 relu2 = _operation("relu2")
@@ -73,4 +79,4 @@ ssd_step = _operation("ssd_step")
 step_size = _operation("step_size")
 swiglu = _operation("swiglu")
 
-__all__ = [*OPERATIONS, "Segments", "active", "using"]
+__all__ = [*OPERATIONS, "Segments", "active", "cpu", "native", "using"]

@@ -4,9 +4,9 @@ Operations that are not here run in `ops/torch`, and so does everything where th
 """
 
 from whimbrel.ops.cpu.library import isa, load, use
+from whimbrel.ops.cpu.linear import FEW, linear
 from whimbrel.ops.cpu.pointwise import conv, gated_norm
 from whimbrel.ops.cpu.scan import ssd
+from whimbrel.ops.cpu.step import attention_step, mlp_step
 
-OPERATIONS = ("conv", "gated_norm", "ssd")
-
-__all__ = ["OPERATIONS", "conv", "gated_norm", "isa", "load", "ssd", "use"]
+__all__ = ["FEW", "attention_step", "conv", "gated_norm", "isa", "linear", "load", "mlp_step", "ssd", "use"]

@@ -38,12 +38,12 @@ def paged_attention(q_SHE: Tensor, k_blocks: Tensor, v_blocks: Tensor, table: Te
     return torch.cat(outputs)
 
 
-def rotary(x_THE: Tensor, angles_TR: Tensor) -> Tensor:
-    """Turn pairs (i, i + R) of the first 2R channels of each head by their angle (rotate-half, arXiv 2104.09864)."""
+def rotary(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Turn the pairs (i, i + R) of the first 2R channels of each head (rotate-half, arXiv 2104.09864)."""
     turned = x_THE.clone()
-    half = angles_TR.shape[1]
+    half = cos_TR.shape[1]
     for t in range(x_THE.shape[0]):
-        cos, sin = torch.cos(angles_TR[t]).to(x_THE.dtype), torch.sin(angles_TR[t]).to(x_THE.dtype)
+        cos, sin = cos_TR[t].to(x_THE.dtype), sin_TR[t].to(x_THE.dtype)
         first, second = x_THE[t, :, :half], x_THE[t, :, half : 2 * half]
         turned[t, :, :half] = first * cos - second * sin
         turned[t, :, half : 2 * half] = second * cos + first * sin

@@ -20,6 +20,12 @@ def layer_norm_1p(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) ->
     return (unit * (1 + weight_D.to(x.dtype)) + bias_D.to(x.dtype)).to(x_TD.dtype)
 
 
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + bias."""
+    y_TO = (x_TD[:, None, :] * weight_OD).sum(-1)
+    return y_TO if bias_O is None else y_TO + bias_O
+
+
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2 (arXiv 2109.08668)."""
     return torch.clamp(x, min=0) ** 2

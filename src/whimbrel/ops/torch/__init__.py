@@ -3,7 +3,7 @@
 from whimbrel.ops.torch.attention import attention, paged_attention, rotary
 from whimbrel.ops.torch.convolution import conv, conv_step
 from whimbrel.ops.torch.head import cross_entropy, kl, log_prob
-from whimbrel.ops.torch.norm import gated_norm, layer_norm_1p, relu2, rms_norm, step_size, swiglu
+from whimbrel.ops.torch.norm import gated_norm, layer_norm_1p, linear, relu2, rms_norm, step_size, swiglu
 from whimbrel.ops.torch.scan import ssd, ssd_step
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "gated_norm",
     "kl",
     "layer_norm_1p",
+    "linear",
     "log_prob",
     "paged_attention",
     "relu2",

@@ -102,11 +102,11 @@ def _history(pool: Tensor, blocks: Tensor, length: int) -> Tensor:
     return pool[blocks].flatten(0, 1)[:length]
 
 
-def rotary(x_THE: Tensor, angles_TR: Tensor) -> Tensor:
-    """Turn pairs (i, i + R) of the first 2R channels of each head by their angle (rotate-half, arXiv 2104.09864)."""
-    half = angles_TR.shape[1]
+def rotary(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Turn the pairs (i, i + R) of the first 2R channels of each head (rotate-half, arXiv 2104.09864)."""
+    half = cos_TR.shape[1]
     dtype = torch.promote_types(x_THE.dtype, torch.float32)
-    cos, sin = angles_TR.cos()[:, None].to(dtype), angles_TR.sin()[:, None].to(dtype)
+    cos, sin = cos_TR[:, None].to(dtype), sin_TR[:, None].to(dtype)
     first, second = x_THE[..., :half].to(dtype), x_THE[..., half : 2 * half].to(dtype)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THE.dtype)
     return turned if 2 * half == x_THE.shape[2] else torch.cat([turned, x_THE[..., 2 * half :]], dim=-1)

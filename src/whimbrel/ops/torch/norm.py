@@ -34,6 +34,11 @@ def gated_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps
     return (unit.flatten(-2) * weight_D.to(dtype)).to(y_TD.dtype)
 
 
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + bias."""
+    return F.linear(x_TD, weight_OD, bias_O)
+
+
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2 (arXiv 2109.08668). A product, since torch's `pow` is slower."""
     positive = F.relu(x)
