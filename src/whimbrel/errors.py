@@ -17,7 +17,9 @@ def need(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{module} is not installed ({error}); install it with: pip install 'whimbrel[{extra}]'") from error
+        raise UserError(
+            f"{module} is not installed ({error}); install it with: pip install 'whimbrel[{extra}]'"
+        ) from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
