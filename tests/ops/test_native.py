@@ -4,6 +4,7 @@ Float32: 2e-5 of the largest value; for the gradient of `a`, a sum over all toke
 subtracted.
 """
 
+import copy
 import gc
 import resource
 from contextlib import contextmanager
@@ -192,6 +193,30 @@ def test_a_layer_of_decoding_equals_the_layer_in_torch(name, sequences):
         results.append((hidden, *state.k.values(), *state.v.values()))
     for got in results[:-1]:
         assert all(gap(y, expected) < 2e-5 for y, expected in zip(got, results[-1], strict=True))
+
+
+def test_a_copied_or_changed_model_decodes_with_its_own_weights():
+    model = LanguageModel(LAYERS["qwen"]).initialise(0)
+
+    def decode(model):
+        state = State.empty(model.config, slots=1, blocks=2, block_size=4)
+        for pool in (*state.k.values(), *state.v.values()):
+            pool.fill_(0.5)
+        layout = Layout.of([1], [3], slots=torch.tensor([0]), block_table=torch.tensor([[1, 0]]))
+        with torch.inference_mode():
+            return model(torch.tensor([7]), layout, state)
+
+    first = decode(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.layers[1].mixer.up_proj.weight.mul_(2)
+        twin.layers[0].mixer.q_proj = torch.nn.Linear(64, 96, bias=False)
+        twin.layers[0].mixer.o_proj.weight = torch.nn.Parameter(model.layers[0].mixer.o_proj.weight * 3)
+    assert torch.equal(decode(model), first)
+    with ops.using("torch"):
+        expected = decode(twin)
+    torch.testing.assert_close(decode(twin), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(expected, first)
 
 
 def scan_of_slices(tokens=200, heads=4, width=16, groups=2, size=16):

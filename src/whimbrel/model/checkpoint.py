@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from whimbrel.errors import UserError, nearest
 from whimbrel.files import atomic_folder
 from whimbrel.model import families, fetch, gguf, tensors
+from whimbrel.model.arena import Arena
 from whimbrel.model.card import card
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.language import LanguageModel
@@ -176,9 +177,11 @@ def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device:
             raise UserError(
                 f"{where}: tensor {theirs} is {list(found)}, but config.json asks for {list(shape)}; use its own config"
             )
+    arena = Arena(sum(p.nbytes for p in wanted.values()), len(wanted)) if device.type == "cpu" else None
     for ours, theirs in table.items():
         old = wanted[ours]
-        tensor = source.read(theirs).reshape(old.shape).to(device=device, dtype=old.dtype, copy=True)
+        tensor = arena.take(old.shape, old.dtype) if arena else torch.empty_like(old, device=device)
+        tensor.detach().copy_(source.read(theirs).reshape(old.shape))
         owner, _, leaf = ours.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
     model.touch()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from whimbrel import ops
 from whimbrel.model.attention import Attention
 from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
-from whimbrel.model.decoding import native_step
+from whimbrel.model.decoding import Decoder
 from whimbrel.model.layout import Layout
 from whimbrel.model.mamba2 import Mamba2
 from whimbrel.model.mlp import MLP
@@ -38,11 +38,12 @@ class Layer(nn.Module):
         self.index = index
         self.norm = make_norm(config, device, dtype)
         self.mixer = _MIXERS[config.pattern[index]](config, device, dtype)
+        self.decoder = Decoder(self.norm, self.mixer)
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None) -> Tensor:
         """[T, D] -> [T, D]."""
         if state is not None and layout.only_decodes:
-            y_TD = native_step(self.norm, self.mixer, x_TD, layout, state, self.index)
+            y_TD = self.decoder(x_TD, layout, state, self.index)
             if y_TD is not None:
                 return y_TD
         return x_TD + self.mixer(self.norm(x_TD), layout, state, self.index)

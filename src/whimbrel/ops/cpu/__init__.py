@@ -7,6 +7,6 @@ from whimbrel.ops.cpu.library import isa, load, use
 from whimbrel.ops.cpu.linear import FEW, linear
 from whimbrel.ops.cpu.pointwise import conv, gated_norm
 from whimbrel.ops.cpu.scan import ssd
-from whimbrel.ops.cpu.step import attention_step, mlp_step
+from whimbrel.ops.cpu.step import AttentionStep, MlpStep
 
-__all__ = ["FEW", "attention_step", "conv", "gated_norm", "isa", "linear", "load", "mlp_step", "ssd", "use"]
+__all__ = ["FEW", "AttentionStep", "MlpStep", "conv", "gated_norm", "isa", "linear", "load", "ssd", "use"]
