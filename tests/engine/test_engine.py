@@ -244,7 +244,8 @@ def test_tags_that_are_special_tokens_are_found_too(speaker, tokenizer, tmp_path
     special = Tokenizer.load(tmp_path)
     assert special.encode(CLOSE) == [21]
     model = speaker("\nabcdefgh")
-    engine = Engine(model, special)
-    a = answer(engine, USER, max_tokens=20, thinking_budget=2, thinking_grace=1)
-    assert (a.thinking, a.thinking_ended, a.forced) == ("abc", "grace", (3,))
-    assert CLOSE not in a.text
+    with torch.no_grad():
+        model.head.weight[special.encode("x")[0], 21] = 1  # after the tag an x
+        model.head.weight[special.encode("y")[0], special.encode("x")[0]] = 1
+    a = answer(Engine(model, special), USER, max_tokens=6, thinking_budget=2, thinking_grace=1)
+    assert (a.thinking, a.text, a.thinking_ended, a.forced) == ("abc", "xy", "grace", (3,))
