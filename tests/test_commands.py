@@ -110,7 +110,7 @@ def test_a_pipe_gets_answers_alone(folder: Path) -> None:
     done = subprocess.run(command, input="Hello\n/bogus\nAgain\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "tokens" not in done.stdout
-    assert done.stderr.count("6 tokens") == 2
+    assert done.stderr.count("6 tokens, ") == 2
     assert "'/bogus'" in done.stderr
 
 

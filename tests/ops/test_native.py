@@ -21,7 +21,10 @@ from whimbrel.ops.cpu import library
 from whimbrel.ops.segments import Segments
 
 pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason="the native library is not built here")
+WIDEST = cpu.isa()
 ISAS = [name for name in ("avx512", "avx2", "baseline") if cpu.load()[0] is not None and cpu.use(name)]
+if WIDEST is not None:
+    cpu.use(WIDEST)  # asking has changed it, for every test of this process
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(lambda lengths: sum(lengths) > 0)
 
 
@@ -30,8 +33,10 @@ def instruction_set(name):
     """Run the library in one instruction set inside the block."""
     before = cpu.isa()
     assert cpu.use(name)
-    yield
-    assert cpu.use(before)
+    try:
+        yield
+    finally:
+        assert cpu.use(before)
 
 
 def gap(got, expected, scale=None):
