@@ -30,7 +30,16 @@ namespace whimbrel::WHIMBREL_ISA {
 namespace {
 
 constexpr int64_t block = 32;                       // tokens
-constexpr int tile = WHIMBREL_LANES == 16 ? 4 : 2;  // vectors of lanes held in registers at a time, for two tokens
+constexpr int tile = WHIMBREL_LANES == 16 ? 2 : 1;  // vectors of lanes held in registers at a time, for four tokens
+
+float dot(const float* x, const float* y, int64_t n) {
+    vec total{};
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) total += load(x + i) * load(y + i);
+    float rest = sum(total);
+    for (; i < n; i++) rest += x[i] * y[i];
+    return rest;
+}
 
 // A token's part of one kernel call.
 struct Token {
@@ -58,63 +67,80 @@ void advance_one(float* m, int64_t rows, int64_t stride, const Token& t, int64_t
     for (int i = 0; i < width; i++) store(t.out + at + i * lanes, out[i]);
 }
 
-// Two tokens in one pass over M: half the loads and stores.
-template <int width>
-void advance_two(float* m, int64_t rows, int64_t stride, const Token& t, const Token& s, int64_t at) {
-    vec lane[width], out[width], lane2[width], out2[width];
-    for (int i = 0; i < width; i++) {
-        lane[i] = load(t.lane_in + at + i * lanes), out[i] = vec{};
-        lane2[i] = load(s.lane_in + at + i * lanes), out2[i] = vec{};
-    }
-    const vec decay = broadcast(t.decay), decay2 = broadcast(s.decay);
-    for (int64_t r = 0; r < rows; r++) {
-        float* row = m + r * stride + at;
-        const vec in = broadcast(t.row_in[r]), weight = broadcast(t.row_out[r]);
-        const vec in2 = broadcast(s.row_in[r]), weight2 = broadcast(s.row_out[r]);
-        for (int i = 0; i < width; i++) {
-            const vec v = load(row + i * lanes) * decay + in * lane[i];
-            out[i] += weight * v;
-            const vec w = v * decay2 + in2 * lane2[i];
-            out2[i] += weight2 * w;
-            store(row + i * lanes, w);
+// What four tokens contribute to each other's outputs, and how they fade, apart from M: with D_k the decay from before the
+// first to token k, out_k = D_k (row_out_k . M) + sum_{j <= k} mix_kj lane_in_j, and M' = D_3 M + sum_j fade_j row_in_j (x) lane_in_j.
+struct Four {
+    Token t[4];
+    float decay[4], fade[4], mix[3][3];
+
+    Four(const Token& a, const Token& b, const Token& c, const Token& d, int64_t rows) : t{a, b, c, d} {
+        decay[0] = a.decay;
+        for (int k = 1; k < 4; k++) decay[k] = decay[k - 1] * t[k].decay;
+        fade[3] = 1.0f;
+        for (int k = 2; k >= 0; k--) fade[k] = fade[k + 1] * t[k + 1].decay;
+        for (int k = 0; k < 3; k++) {
+            float between = 1.0f;
+            for (int j = k; j >= 0; j--) {
+                mix[k][j] = between * dot(t[k].row_out, t[j].row_in, rows);
+                between *= t[j].decay;
+            }
         }
     }
-    for (int i = 0; i < width; i++) {
-        store(t.out + at + i * lanes, out[i]);
-        store(s.out + at + i * lanes, out2[i]);
+};
+
+// Four tokens in one pass over M: a quarter of the loads and stores, and nine products where one by one take twelve.
+template <int width>
+void advance_four(float* m, int64_t rows, int64_t stride, const Four& f, int64_t at) {
+    vec lane[4][width], out[4][width];
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < width; i++) lane[k][i] = load(f.t[k].lane_in + at + i * lanes) * f.fade[k], out[k][i] = vec{};
+    const vec decay = broadcast(f.decay[3]);
+    for (int64_t r = 0; r < rows; r++) {
+        float* row = m + r * stride + at;
+        for (int i = 0; i < width; i++) {
+            const vec v = load(row + i * lanes);
+            vec next = v * decay;
+            for (int k = 0; k < 3; k++) out[k][i] += broadcast(f.t[k].row_out[r]) * v;
+            for (int k = 0; k < 4; k++) next += broadcast(f.t[k].row_in[r]) * lane[k][i];
+            out[3][i] += broadcast(f.t[3].row_out[r]) * next;
+            store(row + i * lanes, next);
+        }
     }
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < width; i++) {
+            vec y = k < 3 ? out[k][i] * f.decay[k] : out[k][i];
+            for (int j = 0; j <= k && k < 3; j++) y += load(f.t[j].lane_in + at + i * lanes) * f.mix[k][j];
+            store(f.t[k].out + at + i * lanes, y);
+        }
 }
 
-// Carries M through `count` tokens, two at a time; `token(i)` describes the i-th, whichever way time runs.
+// Carries M through `count` tokens, four at a time; `token(i)` describes the i-th, whichever way time runs.
 template <class Describe>
 void run(std::vector<float>& matrix, int64_t rows, int64_t stride, int64_t count, Describe token) {
     float* m = matrix.data();
-    for (int64_t i = 0; i < count; i += 2) {
-        int64_t at = 0;
-        if (i + 1 < count) {
-            const Token t = token(i), s = token(i + 1);
-            for (; at + tile * lanes <= stride; at += tile * lanes) advance_two<tile>(m, rows, stride, t, s, at);
-            for (; at < stride; at += lanes) advance_two<1>(m, rows, stride, t, s, at);
-        } else {
-            const Token t = token(i);
-            for (; at + tile * lanes <= stride; at += tile * lanes) advance_one<tile>(m, rows, stride, t, at);
-            for (; at < stride; at += lanes) advance_one<1>(m, rows, stride, t, at);
-        }
-    }
-}
-
-float dot(const float* x, const float* y, int64_t n) {
-    vec total{};
     int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) total += load(x + i) * load(y + i);
-    float rest = sum(total);
-    for (; i < n; i++) rest += x[i] * y[i];
-    return rest;
+    for (; i + 4 <= count; i += 4) {
+        const Four four(token(i), token(i + 1), token(i + 2), token(i + 3), rows);
+        int64_t at = 0;
+        for (; at + tile * lanes <= stride; at += tile * lanes) advance_four<tile>(m, rows, stride, four, at);
+        for (; at < stride; at += lanes) advance_four<1>(m, rows, stride, four, at);
+    }
+    for (; i < count; i++) {
+        const Token t = token(i);
+        int64_t at = 0;
+        for (; at + tile * lanes <= stride; at += tile * lanes) advance_one<tile>(m, rows, stride, t, at);
+        for (; at < stride; at += lanes) advance_one<1>(m, rows, stride, t, at);
+    }
 }
 
 void add(float* to, const float* x, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) to[i] += x[i];
+}
+
+// Neighbouring tokens of a head lie pages apart, where no hardware looks ahead: ask for a row long before it is needed.
+void fetch(const float* row, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(row + i);
 }
 
 // Rows of one block of tokens: in place where they are whole vectors already, else copied and padded with zeros.
@@ -153,6 +179,17 @@ struct Head {
     int64_t at(int64_t t) const { return (begin + t) * s.heads + h; }
     float decay_at(int64_t t) const { return t < length ? std::exp(s.dt[at(t)] * s.a[h]) : 1.0f; }
 
+    // Asks for the rows of tokens from … from + count, clipped to the sequence.
+    void ask(int64_t from, int64_t count, const float* gradient, const float* output) const {
+        for (int64_t t = std::max<int64_t>(from, 0); t < std::min(from + count, length); t++) {
+            fetch(x(t), s.width);
+            fetch(s.b + (begin + t) * s.b_stride + g * s.size, s.size);
+            fetch(s.c + (begin + t) * s.c_stride + g * s.size, s.size);
+            if (gradient) fetch(gradient + at(t) * s.width, s.width);
+            if (output) fetch(output + at(t) * s.width, s.width);
+        }
+    }
+
     // Prepares tokens from … from + count; decay[i] is that of token from + i, one more than the block has.
     void read(int64_t from, int64_t count, const float* gradient) {
         b.read(s.b + (begin + from) * s.b_stride + g * s.size, s.b_stride, count);
@@ -185,6 +222,7 @@ void forward_head(const Scan& s, int64_t sequence, int64_t h) {
     for (int64_t from = 0; from < k.length; from += block) {
         const int64_t count = std::min(block, k.length - from);
         k.read(from, count, nullptr);
+        k.ask(from + block, block, nullptr, nullptr);
         run(k.by_width, s.size, k.wide, count, [&](int64_t i) {
             return Token{k.decay[i], k.b[i], &k.u[i * k.wide], k.c[i], &k.y[i * k.wide]};
         });
@@ -205,6 +243,7 @@ std::vector<float> gradient_of_c(Head& k, const ScanGradients& out) {
     for (int64_t from = 0; from < k.length; from += block) {
         const int64_t count = std::min(block, k.length - from);
         k.read(from, count, out.dy);
+        k.ask(from + block, block, out.dy, nullptr);
         run(k.by_size, s.width, k.deep, count, [&](int64_t i) {
             return Token{k.decay[i], &k.u[i * k.wide], k.b[i], k.dy[i], &k.z[i * k.deep]};
         });
@@ -228,6 +267,7 @@ void backward_head(const Scan& s, const ScanGradients& out, int64_t sequence, in
     for (int64_t from = (k.length - 1) / block * block; from >= 0 && k.length > 0; from -= block) {
         const int64_t count = std::min(block, k.length - from), last = count - 1;
         if (from + count < k.length) k.read(from, count, out.dy);  // the last block is still there from the gradient of C
+        k.ask(from - block, block, out.dy, s.y);
         // <decay_{t+1} dS_{t+1}, S_t> at the last token t of the block.
         double behind = dot(&states[from / block * s.width * deep], k.by_size.data(), s.width * deep) * k.decay[count];
         run(k.by_width, s.size, wide, count, [&](int64_t i) {
