@@ -133,9 +133,10 @@ void run(std::vector<float>& matrix, int64_t rows, int64_t stride, int64_t count
     }
 }
 
-void add(float* to, const float* x, int64_t n) {
+// Sums over the heads of a group: the first head sets, the others add.
+void put(float* to, const float* x, int64_t n, bool first) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) to[i] += x[i];
+    for (int64_t i = 0; i < n; i++) to[i] = first ? x[i] : to[i] + x[i];
 }
 
 // Neighbouring tokens of a head lie pages apart, where no hardware looks ahead: ask for a row long before it is needed.
@@ -165,15 +166,17 @@ struct Rows {
 struct Head {
     const Scan& s;
     const int64_t h, g, begin, length, state, wide, deep;
-    std::vector<float> decay, u, by_width, by_size, y, z;
+    std::vector<float> decay, u, by_width, by_size, y, z, states;
+    double da = 0, dd = 0;
+    const bool leads;  // the first head of its group
     Rows b, c, dy;
 
     Head(const Scan& scan, int64_t sequence, int64_t head)
         : s(scan), h(head), g(head / (scan.heads / scan.groups)), begin(scan.offsets[sequence]),
           length(scan.offsets[sequence + 1] - begin), state((sequence * scan.heads + head) * scan.width * scan.size),
           wide(round_up(scan.width)), deep(round_up(scan.size)), decay(block + 1), u(block * wide),
-          by_width(s.size * wide), by_size(s.width * deep), y(block * wide), z(block * deep), b(s.size), c(s.size),
-          dy(s.width) {}
+          by_width(s.size * wide), by_size(s.width * deep), y(block * wide), z(block * deep),
+          leads(head % (scan.heads / scan.groups) == 0), b(s.size), c(s.size), dy(s.width) {}
 
     const float* x(int64_t t) const { return s.x + (begin + t) * s.x_stride + h * s.width; }
     int64_t at(int64_t t) const { return (begin + t) * s.heads + h; }
@@ -216,101 +219,118 @@ struct Head {
     }
 };
 
-void forward_head(const Scan& s, int64_t sequence, int64_t h) {
-    Head k(s, sequence, h);
-    k.take(s.initial ? s.initial + k.state : nullptr);
-    for (int64_t from = 0; from < k.length; from += block) {
-        const int64_t count = std::min(block, k.length - from);
-        k.read(from, count, nullptr);
-        k.ask(from + block, block, nullptr, nullptr);
-        run(k.by_width, s.size, k.wide, count, [&](int64_t i) {
-            return Token{k.decay[i], k.b[i], &k.u[i * k.wide], k.c[i], &k.y[i * k.wide]};
-        });
-        for (int64_t i = 0; i < count; i++) {
-            const float *x = k.x(from + i), *y = &k.y[i * k.wide], d = s.d[h];
-            float* to = s.y + k.at(from + i) * s.width;
-            for (int64_t p = 0; p < s.width; p++) to[p] = y[p] + d * x[p];
-        }
-    }
-    k.give(s.final + k.state);
-}
-
-// Forwards in time, M = S as P rows of N lanes: the gradient of C. Returns S after every block.
-std::vector<float> gradient_of_c(Head& k, const ScanGradients& out) {
+void forward_block(Head& k, int64_t from) {
     const Scan& s = k.s;
-    std::vector<float> states;
-    k.take(s.initial ? s.initial + k.state : nullptr);
-    for (int64_t from = 0; from < k.length; from += block) {
-        const int64_t count = std::min(block, k.length - from);
-        k.read(from, count, out.dy);
-        k.ask(from + block, block, out.dy, nullptr);
-        run(k.by_size, s.width, k.deep, count, [&](int64_t i) {
-            return Token{k.decay[i], &k.u[i * k.wide], k.b[i], k.dy[i], &k.z[i * k.deep]};
-        });
-        for (int64_t i = 0; i < count; i++) {
-            float* dc = out.dc + ((k.begin + from + i) * s.groups + k.g) * s.size;
-            add(dc, &k.z[i * k.deep], s.size);
-        }
-        states.insert(states.end(), k.by_size.begin(), k.by_size.end());
+    const int64_t count = std::min(block, k.length - from);
+    k.read(from, count, nullptr);
+    k.ask(from + block, block, nullptr, nullptr);
+    run(k.by_width, s.size, k.wide, count, [&](int64_t i) {
+        return Token{k.decay[i], k.b[i], &k.u[i * k.wide], k.c[i], &k.y[i * k.wide]};
+    });
+    for (int64_t i = 0; i < count; i++) {
+        const float *x = k.x(from + i), *y = &k.y[i * k.wide], d = s.d[k.h];
+        float* to = s.y + k.at(from + i) * s.width;
+#pragma omp simd
+        for (int64_t p = 0; p < s.width; p++) to[p] = y[p] + d * x[p];
     }
-    return states;
 }
 
-// Gradients of one head, backwards in time with M = dS held both ways. The decay between tokens t+1 and t belongs to t+1.
-// dB and dC are shared by the heads of a group, so a group is the work of one thread.
-void backward_head(const Scan& s, const ScanGradients& out, int64_t sequence, int64_t h) {
-    Head k(s, sequence, h);
-    const std::vector<float> states = gradient_of_c(k, out);
-    k.take(out.dfinal + k.state);
-    const int64_t wide = k.wide, deep = k.deep;
-    double da = 0, dd = 0;
-    for (int64_t from = (k.length - 1) / block * block; from >= 0 && k.length > 0; from -= block) {
-        const int64_t count = std::min(block, k.length - from), last = count - 1;
-        if (from + count < k.length) k.read(from, count, out.dy);  // the last block is still there from the gradient of C
-        k.ask(from - block, block, out.dy, s.y);
-        // <decay_{t+1} dS_{t+1}, S_t> at the last token t of the block.
-        double behind = dot(&states[from / block * s.width * deep], k.by_size.data(), s.width * deep) * k.decay[count];
-        run(k.by_width, s.size, wide, count, [&](int64_t i) {
-            const int64_t t = last - i;
-            return Token{k.decay[t + 1], k.c[t], k.dy[t], k.b[t], &k.y[t * wide]};
-        });
-        run(k.by_size, s.width, deep, count, [&](int64_t i) {
-            const int64_t t = last - i;
-            return Token{k.decay[t + 1], k.dy[t], k.c[t], &k.u[t * wide], &k.z[t * deep]};
-        });
-        for (int64_t t = last; t >= 0; t--) {
-            const int64_t at = k.at(from + t);
-            const float *x = k.x(from + t), *g = k.dy[t], *du = &k.y[t * wide], dt = s.dt[at];
-            const float skip = dot(g, x, s.width), pull = dot(du, x, s.width);
-            const double r = behind + dot(g, s.y + at * s.width, s.width) - static_cast<double>(s.d[h]) * skip;
-            behind = r - static_cast<double>(dt) * pull;
-            out.ddt[at] = static_cast<float>(s.a[h] * behind) + pull;
-            da += dt * behind, dd += skip;
-            float* dx = out.dx + at * s.width;
-            for (int64_t p = 0; p < s.width; p++) dx[p] = dt * du[p] + s.d[h] * g[p];
-            float* db = out.db + ((k.begin + from + t) * s.groups + k.g) * s.size;
-            add(db, &k.z[t * deep], s.size);
-        }
+// Forwards in time, M = S as P rows of N lanes: the gradient of C, and S after every block.
+void gradient_of_c(Head& k, const ScanGradients& out, int64_t from) {
+    const Scan& s = k.s;
+    const int64_t count = std::min(block, k.length - from);
+    k.read(from, count, out.dy);
+    k.ask(from + block, block, out.dy, nullptr);
+    run(k.by_size, s.width, k.deep, count, [&](int64_t i) {
+        return Token{k.decay[i], &k.u[i * k.wide], k.b[i], k.dy[i], &k.z[i * k.deep]};
+    });
+    for (int64_t i = 0; i < count; i++)
+        put(out.dc + ((k.begin + from + i) * s.groups + k.g) * s.size, &k.z[i * k.deep], s.size, k.leads);
+    k.states.insert(k.states.end(), k.by_size.begin(), k.by_size.end());
+}
+
+// Backwards in time with M = dS held both ways. The decay between tokens t+1 and t belongs to t+1.
+void backward_block(Head& k, const ScanGradients& out, int64_t from) {
+    const Scan& s = k.s;
+    const int64_t wide = k.wide, deep = k.deep, count = std::min(block, k.length - from), last = count - 1;
+    if (from + count < k.length) k.read(from, count, out.dy);  // the last block is still there from the gradient of C
+    k.ask(from - block, block, out.dy, s.y);
+    // <decay_{t+1} dS_{t+1}, S_t> at the last token t of the block.
+    double behind = dot(&k.states[from / block * s.width * deep], k.by_size.data(), s.width * deep) * k.decay[count];
+    run(k.by_width, s.size, wide, count, [&](int64_t i) {
+        const int64_t t = last - i;
+        return Token{k.decay[t + 1], k.c[t], k.dy[t], k.b[t], &k.y[t * wide]};
+    });
+    run(k.by_size, s.width, deep, count, [&](int64_t i) {
+        const int64_t t = last - i;
+        return Token{k.decay[t + 1], k.dy[t], k.c[t], &k.u[t * wide], &k.z[t * deep]};
+    });
+    const float a = s.a[k.h], d = s.d[k.h];
+    for (int64_t t = last; t >= 0; t--) {
+        const int64_t at = k.at(from + t);
+        const float *x = k.x(from + t), *g = k.dy[t], *du = &k.y[t * wide], dt = s.dt[at];
+        const float skip = dot(g, x, s.width), pull = dot(du, x, s.width);
+        const double r = behind + dot(g, s.y + at * s.width, s.width) - static_cast<double>(d) * skip;
+        behind = r - static_cast<double>(dt) * pull;
+        out.ddt[at] = static_cast<float>(a * behind) + pull;
+        k.da += dt * behind, k.dd += skip;
+        float* dx = out.dx + at * s.width;
+#pragma omp simd
+        for (int64_t p = 0; p < s.width; p++) dx[p] = dt * du[p] + d * g[p];
+        put(out.db + ((k.begin + from + t) * s.groups + k.g) * s.size, &k.z[t * deep], s.size, k.leads);
     }
-    out.da[sequence * s.heads + h] = static_cast<float>(da);
-    out.dd[sequence * s.heads + h] = static_cast<float>(dd);
-    k.give(out.dinitial + k.state);
-    const float first = k.decay_at(0);
-    for (int64_t i = 0; i < s.width * s.size; i++) out.dinitial[k.state + i] *= first;
+}
+
+// Heads that one thread works on together, block by block, because they share B and C.
+std::vector<Head> heads_of(const Scan& s, int64_t sequence, int64_t first, int64_t count) {
+    std::vector<Head> heads;
+    heads.reserve(count);
+    for (int64_t i = 0; i < count; i++) heads.emplace_back(s, sequence, first + i);
+    return heads;
+}
+
+void forward_heads(const Scan& s, int64_t sequence, int64_t first, int64_t count) {
+    std::vector<Head> heads = heads_of(s, sequence, first, count);
+    for (Head& k : heads) k.take(s.initial ? s.initial + k.state : nullptr);
+    for (int64_t from = 0; from < heads[0].length; from += block)
+        for (Head& k : heads) forward_block(k, from);
+    for (Head& k : heads) k.give(s.final + k.state);
+}
+
+void backward_heads(const Scan& s, const ScanGradients& out, int64_t sequence, int64_t first, int64_t count) {
+    std::vector<Head> heads = heads_of(s, sequence, first, count);
+    const int64_t length = heads[0].length, blocks = (length + block - 1) / block;
+    for (Head& k : heads) k.take(s.initial ? s.initial + k.state : nullptr);
+    for (int64_t i = 0; i < blocks; i++)
+        for (Head& k : heads) gradient_of_c(k, out, i * block);
+    for (Head& k : heads) k.take(out.dfinal + k.state);
+    for (int64_t i = blocks - 1; i >= 0; i--)
+        for (Head& k : heads) backward_block(k, out, i * block);
+    for (Head& k : heads) {
+        out.da[sequence * s.heads + k.h] = static_cast<float>(k.da);
+        out.dd[sequence * s.heads + k.h] = static_cast<float>(k.dd);
+        k.give(out.dinitial + k.state);
+        const float decay = k.decay_at(0);
+        for (int64_t i = 0; i < s.width * s.size; i++) out.dinitial[k.state + i] *= decay;
+    }
 }
 
 }  // namespace
 
 void scan_forward(const Scan& s, int threads) {
+    const int64_t shared = s.heads / s.groups;
+    const int64_t together = s.sequences * s.groups >= threads ? shared : 1, tasks = s.heads / together;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < s.sequences * s.heads; task++) forward_head(s, task / s.heads, task % s.heads);
+    for (int64_t task = 0; task < s.sequences * tasks; task++)
+        forward_heads(s, task / tasks, task % tasks * together, together);
 }
 
+// dB and dC are sums over the heads of a group, so a group is the work of one thread.
 void scan_backward(const Scan& s, const ScanGradients& out, int threads) {
     const int64_t shared = s.heads / s.groups;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t task = 0; task < s.sequences * s.groups; task++)
-        for (int64_t i = 0; i < shared; i++) backward_head(s, out, task / s.groups, task % s.groups * shared + i);
+        backward_heads(s, out, task / s.groups, task % s.groups * shared, shared);
 }
 
 }  // namespace whimbrel::WHIMBREL_ISA

@@ -21,7 +21,7 @@ struct Scan {
     int64_t x_stride, b_stride, c_stride;
 };
 
-// Gradients of a scan. db, dc must come as zeros; da, dd are [S, H], one row a sequence.
+// Gradients of a scan; da, dd are [S, H], one row a sequence.
 struct ScanGradients {
     const float *dy, *dfinal;
     float *dx, *ddt, *da, *db, *dc, *dd, *dinitial;

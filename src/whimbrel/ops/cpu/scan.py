@@ -55,7 +55,7 @@ class _Native(torch.autograd.Function):
         _, dt, a, b, c, _, initial = row
         dy, dfinal = (g.contiguous() for g in gradients)
         dx, ddt, dinitial = torch.empty_like(y), torch.empty_like(dt), torch.empty_like(dfinal)
-        db, dc = torch.zeros(b.shape), torch.zeros(c.shape)
+        db, dc = torch.empty(b.shape), torch.empty(c.shape)
         da, dd = torch.empty(len(dfinal), len(a)), torch.empty(len(dfinal), len(a))
         outputs = [address(v) for v in (dy, dfinal, dx, ddt, da, db, dc, dd, dinitial)]
         call("scan_backward", _describe(row, y, dfinal, ctx.starts), _Gradients(*outputs))
