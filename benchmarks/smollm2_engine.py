@@ -27,7 +27,7 @@ TEXT = (
     "A whimbrel is a wading bird with a long curved bill. It breeds in the north and crosses an ocean to winter. " * 40
 )
 TASKS = ("decode", "prefill", "batch")
-PROMPT, NEW, LONG, BATCH = 32, 32, 256, 4
+PROMPT, NEW, LONG, BATCH = 16, 96, 256, 4
 
 
 def load() -> tuple[LanguageModel, Tokenizer, str]:
