@@ -40,7 +40,7 @@ Model = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, bfloat16, float16 or float64.")]
+Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, float64, float16; bfloat16 on a GPU.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:1.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the CPU; 0 measures which number is fastest now.")]
 

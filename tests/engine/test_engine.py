@@ -249,3 +249,8 @@ def test_tags_that_are_special_tokens_are_found_too(speaker, tokenizer, tmp_path
         model.head.weight[special.encode("y")[0], special.encode("x")[0]] = 1
     a = answer(Engine(model, special), USER, max_tokens=6, thinking_budget=2, thinking_grace=1)
     assert (a.thinking, a.text, a.thinking_ended, a.forced) == ("abc", "xy", "grace", (3,))
+
+
+def test_bfloat16_on_a_cpu_is_refused(hybrid, tokenizer):
+    with pytest.raises(UserError, match="set dtype to float32"):
+        Engine(LanguageModel(hybrid.config, dtype=torch.bfloat16), tokenizer)

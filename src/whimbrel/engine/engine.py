@@ -74,6 +74,8 @@ class Engine:
         self.block_size, self.prefill_tokens = block_size, prefill_tokens
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
+            raise UserError("dtype is bfloat16, which CPUs emulate slowly and some not at all; set dtype to float32")
         own = model.config.eos_token_id
         self._ends = frozenset(tokenizer.eos_ids) | frozenset((own,) if isinstance(own, int) else own or ())
         # A tag that is itself a special token must stay in the text, where it is looked for.
