@@ -14,8 +14,8 @@
 //   gradient of B    rows P, lanes N   row_in dy  lane_in C   row_out u    out dB
 //
 // The gradient of the decays needs no state: with r_t = <dS_t, S_t>, one has <dS_t, decay_t S_{t-1}> = r_t - u_t . du_t and
-// r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that. Rounding errors of this running difference are cut off at every block of
-// tokens, where r is computed from a state that the gradient of C left behind.
+// r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that. Rounding errors of this running difference are cut off every `span` blocks
+// of tokens, where r is computed from a state that the gradient of C left behind.
 //
 // Tokens are worked on in blocks; rows that are not whole vectors are copied and padded with zeros.
 
@@ -30,6 +30,7 @@ namespace whimbrel::WHIMBREL_ISA {
 namespace {
 
 constexpr int64_t block = 32;                       // tokens
+constexpr int64_t span = 2;                         // blocks from one kept state to the next
 constexpr int tile = WHIMBREL_LANES == 16 ? 2 : 1;  // vectors of lanes held in registers at a time, for four tokens
 
 float dot(const float* x, const float* y, int64_t n) {
@@ -167,7 +168,7 @@ struct Head {
     const Scan& s;
     const int64_t h, g, begin, length, state, wide, deep;
     std::vector<float> decay, u, by_width, by_size, y, z, states;
-    double da = 0, dd = 0;
+    double da = 0, dd = 0, behind = 0;
     const bool leads;  // the first head of its group
     Rows b, c, dy;
 
@@ -180,7 +181,7 @@ struct Head {
 
     const float* x(int64_t t) const { return s.x + (begin + t) * s.x_stride + h * s.width; }
     int64_t at(int64_t t) const { return (begin + t) * s.heads + h; }
-    float decay_at(int64_t t) const { return t < length ? std::exp(s.dt[at(t)] * s.a[h]) : 1.0f; }
+    float decay_at(int64_t t) const { return t < length ? fast_exp(s.dt[at(t)] * s.a[h]) : 1.0f; }
 
     // Asks for the rows of tokens from … from + count, clipped to the sequence.
     void ask(int64_t from, int64_t count, const float* gradient, const float* output) const {
@@ -206,6 +207,9 @@ struct Head {
         }
         decay[count] = decay_at(from + count);
     }
+
+    // Is the state after the block that begins here kept? After every `span` blocks, and at the end.
+    bool keeps(int64_t from) const { return from / block % span == span - 1 || from + block >= length; }
 
     // A state [P, N] into and out of both ways of holding it.
     void take(const float* state_PN) {
@@ -246,7 +250,7 @@ void gradient_of_c(Head& k, const ScanGradients& out, int64_t from) {
     });
     for (int64_t i = 0; i < count; i++)
         put(out.dc + ((k.begin + from + i) * s.groups + k.g) * s.size, &k.z[i * k.deep], s.size, k.leads);
-    k.states.insert(k.states.end(), k.by_size.begin(), k.by_size.end());
+    if (k.keeps(from)) k.states.insert(k.states.end(), k.by_size.begin(), k.by_size.end());
 }
 
 // Backwards in time with M = dS held both ways. The decay between tokens t+1 and t belongs to t+1.
@@ -255,8 +259,10 @@ void backward_block(Head& k, const ScanGradients& out, int64_t from) {
     const int64_t wide = k.wide, deep = k.deep, count = std::min(block, k.length - from), last = count - 1;
     if (from + count < k.length) k.read(from, count, out.dy);  // the last block is still there from the gradient of C
     k.ask(from - block, block, out.dy, s.y);
-    // <decay_{t+1} dS_{t+1}, S_t> at the last token t of the block.
-    double behind = dot(&k.states[from / block * s.width * deep], k.by_size.data(), s.width * deep) * k.decay[count];
+    // <decay_{t+1} dS_{t+1}, S_t> at the last token t of the block: carried on, or afresh where S_t was kept.
+    if (k.keeps(from))
+        k.behind = dot(&k.states[from / block / span * s.width * deep], k.by_size.data(), s.width * deep) * k.decay[count];
+    double behind = k.behind;
     run(k.by_width, s.size, wide, count, [&](int64_t i) {
         const int64_t t = last - i;
         return Token{k.decay[t + 1], k.c[t], k.dy[t], k.b[t], &k.y[t * wide]};
@@ -279,6 +285,7 @@ void backward_block(Head& k, const ScanGradients& out, int64_t from) {
         for (int64_t p = 0; p < s.width; p++) dx[p] = dt * du[p] + d * g[p];
         put(out.db + ((k.begin + from + t) * s.groups + k.g) * s.size, &k.z[t * deep], s.size, k.leads);
     }
+    k.behind = behind;
 }
 
 // Heads that one thread works on together, block by block, because they share B and C.

@@ -68,11 +68,19 @@ def compare(native, true, leaves, seed=0, scales={}):  # noqa: B006
 
 
 def size_of_decay_terms(leaves, segments, seed):
-    """[H] sum over tokens of dt_t |dy_t| |y_t| without the skip: what the gradient of `a` is a difference of."""
+    """[H] sum over tokens of dt_t times the sizes of what the gradient of a decay is a difference of.
+
+    These are |dy_t| (|S_t C_t| + |D x_t|), and |dS| |S| at the end of the sequence.
+    """
     x, dt, a, b, c, d, *initial = (v.double() for v in leaves)
-    y = vectorised.ssd(x, dt, a, b, c, d * 0, segments, *initial)[0]
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).double()
-    return (dt * upstream.norm(dim=-1) * y.norm(dim=-1)).sum(0)
+    y, final, _ = vectorised.ssd(x, dt, a, b, c, d * 0, segments, *initial)
+    g = torch.Generator().manual_seed(seed)
+    upstream = torch.randn(y.shape, generator=g).double()
+    terms_TH = upstream.norm(dim=-1) * (y.norm(dim=-1) + d.abs() * x.norm(dim=-1))
+    if initial:
+        ends_SH = torch.randn(final.shape, generator=g).double().norm(dim=(2, 3)) * final.norm(dim=(2, 3))
+        terms_TH += ends_SH[segments.sequence_T]
+    return (dt * terms_TH).sum(0)
 
 
 @settings(max_examples=25, deadline=None)

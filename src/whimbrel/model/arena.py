@@ -6,30 +6,24 @@ Decoding reads every weight for every token; with pages of 4 KiB a twelfth of th
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-HUGE = 2 << 20
+from whimbrel.ops.memory import HUGE, huge
+
 LINE = 64
-MADV_HUGEPAGE = 14
 
 
 class Arena:
-    """`nbytes` bytes of CPU memory that tensors are cut from; it lives as long as any of them."""
+    """CPU memory that tensors are cut from; it lives as long as any of them."""
 
     def __init__(self, nbytes: int, tensors: int) -> None:
         """Room for `tensors` tensors of `nbytes` bytes together. Nothing is touched, so nothing is resident yet."""
-        self.bytes = torch.empty(nbytes + tensors * LINE + HUGE, dtype=torch.uint8)
+        self.bytes = huge(torch.empty(nbytes + tensors * LINE + HUGE, dtype=torch.uint8))
         self.used = -self.bytes.data_ptr() % HUGE
-        if sys.platform == "linux":
-            begin, length = self.bytes.data_ptr() + self.used, self.bytes.numel() - self.used
-            # Advice: a system without huge pages answers with an error, and all goes on as before.
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_HUGEPAGE)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An unset tensor that begins on a cache line."""

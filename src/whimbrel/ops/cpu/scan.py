@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.ops.cpu.library import address, call, fits, structure
+from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import scan as vectorised
 
@@ -42,7 +43,7 @@ class _Native(torch.autograd.Function):
         x, b, c = _rows(x), _rows(b), _rows(c)
         dt, a, d = dt.contiguous(), a.contiguous(), d.contiguous()
         initial = None if initial is None else initial.contiguous()
-        y = torch.empty(x.shape)
+        y = fresh(*x.shape)
         final = torch.empty(segments.count, heads, width, size)
         call("scan_forward", _describe((x, dt, a, b, c, d, initial), y, final, segments.starts))
         ctx.save_for_backward(x, dt, a, b, c, d, initial, y)
@@ -54,8 +55,8 @@ class _Native(torch.autograd.Function):
         *row, y = ctx.saved_tensors
         _, dt, a, b, c, _, initial = row
         dy, dfinal = (g.contiguous() for g in gradients)
-        dx, ddt, dinitial = torch.empty_like(y), torch.empty_like(dt), torch.empty_like(dfinal)
-        db, dc = torch.empty(b.shape), torch.empty(c.shape)
+        dx, ddt, dinitial = fresh(*y.shape), torch.empty_like(dt), torch.empty_like(dfinal)
+        db, dc = fresh(*b.shape), fresh(*c.shape)
         da, dd = torch.empty(len(dfinal), len(a)), torch.empty(len(dfinal), len(a))
         outputs = [address(v) for v in (dy, dfinal, dx, ddt, da, db, dc, dd, dinitial)]
         call("scan_backward", _describe(row, y, dfinal, ctx.starts), _Gradients(*outputs))
