@@ -115,11 +115,10 @@ def generate(
     """
     from whimbrel.config import load
     from whimbrel.engine import Sampling
-    from whimbrel.engine.offline import generate_file
+    from whimbrel.engine.offline import check_files, generate_file
 
     sampling = load(Sampling, config, overrides or ())
-    if not prompts.is_file():
-        raise UserError(f'{prompts} is no file; write prompts to it, one JSON object a line: {{"prompt": "…"}}')
+    check_files(prompts, out)
     display = _display()
     engine = _engine(model, dtype, device, threads, display)
     display.start("generate")

@@ -118,9 +118,40 @@ def test_answers_of_other_prompts_settings_or_models_are_not_mixed(engine, promp
 
 
 def test_a_missing_file_and_a_second_run_are_refused(engine, prompts, tmp_path):
-    with pytest.raises(UserError, match="no prompts file"):
+    with pytest.raises(UserError, match="is no file"):
         generate_file(engine, tmp_path / "none.jsonl", tmp_path / "out.jsonl")
     with open(tmp_path / "out.jsonl", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run writes"):
             generate_file(engine, prompts, tmp_path / "out.jsonl")
+
+
+def test_a_file_that_holds_something_else_is_left_alone(engine, prompts, tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_bytes(b"my precious notes without a line break")
+    with pytest.raises(UserError, match="something else than answers"):
+        generate_file(engine, prompts, notes)
+    assert notes.read_bytes() == b"my precious notes without a line break"
+    before = prompts.read_bytes()
+    with pytest.raises(UserError, match="the file of the prompts"):
+        generate_file(engine, prompts, prompts)
+    assert prompts.read_bytes() == before
+    with pytest.raises(UserError, match="not a file"):
+        generate_file(engine, prompts, tmp_path)
+
+
+def test_bytes_that_are_no_text_are_named_and_odd_ids_do_not_stop_a_run(engine, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "a"}\n\xff\xfe\n')
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        generate_file(engine, file, tmp_path / "out.jsonl")
+    file.write_bytes(b'{"prompt": "a", "id": "\\ud800"}\n')
+    assert generate_file(engine, file, tmp_path / "odd.jsonl", Sampling(max_tokens=2))["answers"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stop": 5}, {"stop": None}, {"n": 10**7}, {"top_k": 2**70}, {"temperature": 10**400}]
+)
+def test_settings_that_no_run_can_have_are_refused(settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        Sampling(**settings)

@@ -69,6 +69,9 @@ class Engine:
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={model.config.vocab_size}; "
                 "load the tokenizer of this model's own folder"
             )
+        if tokenizer.vocab_size < 0.9 * model.config.vocab_size:
+            words = f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
+            report({"event": "warning", "text": f"{words}; ids without text are left out: is it this model's own?"})
         self.model, self.tokenizer, self.report = model, tokenizer, report
         self.max_sequences, self.kv_tokens = max_sequences, kv_tokens
         self.block_size, self.prefill_tokens = block_size, prefill_tokens

@@ -23,6 +23,8 @@ from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
 
 _KEYS = ("prompt", "messages", "id", "sampling")
+BEGINNINGS = (b'{"id": ', b'{"index": ')
+"""How a line of answers begins."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,16 @@ def read_rows(path: str | Path, sampling: Sampling, name: str = "") -> Iterator[
 
     `name` is the model's; `sampling` holds where a row does not override it.
     """
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
             if line.strip():
                 try:
                     yield _row(number, json.loads(line), sampling, name)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise UserError(f"{path}, line {number}: not JSON ({error}); write one object a line") from error
                 except UserError as error:
                     raise UserError(f"{path}, line {number}: {error}") from error
@@ -75,6 +81,16 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
 
 
+def check_files(prompts: str | Path, out: str | Path) -> None:
+    """Refuse what cannot be read or must not be written, before a model is loaded."""
+    if not Path(prompts).is_file():
+        raise UserError(f'{prompts} is no file; write prompts to it, one JSON object a line: {{"prompt": "…"}}')
+    if Path(out).exists() and not Path(out).is_file():
+        raise UserError(f"{out} is not a file that answers can be kept in; set --out to a name like answers.jsonl")
+    if Path(out).exists() and Path(out).samefile(prompts):
+        raise UserError(f"{out} is the file of the prompts; set --out to another name")
+
+
 def generate_file(
     engine: Engine,
     prompts: str | Path,
@@ -90,8 +106,7 @@ def generate_file(
     Rows of `out`: `Answer.to_dict`, the row's `id`, and `key`. One run at a time holds the file; a second is refused.
     """
     sampling = sampling or Sampling()
-    if not Path(prompts).is_file():
-        raise UserError(f"no prompts file {prompts}; give a file with one JSON object a line")
+    check_files(prompts, out)
     samples = [
         row.sampling.n for row in read_rows(prompts, sampling, name)
     ]  # every row is checked before the first is computed
@@ -110,7 +125,9 @@ def generate_file(
 def _keep_finished(file: IO[bytes], out: str | Path, rows: Iterator[Row]) -> int:
     """Cut the file to the answers of whole prompts and count those; UserError if other prompts made it."""
     file.seek(0)
-    lines = file.read().split(b"\n")[:-1]  # what follows the last line break is torn
+    *lines, torn = file.read().split(b"\n")  # what follows the last line break was cut off while it was written
+    if torn and not torn.startswith(BEGINNINGS) and not any(b.startswith(torn) for b in BEGINNINGS):
+        raise UserError(f"{out} holds something else than answers; choose another file")
     done = used = 0
     for row in rows:
         group = lines[used : used + row.sampling.n]
@@ -155,7 +172,7 @@ def _answer(
             row = taken[answer.index]
             line = {"id": row.id} if row.id is not None else {}
             line |= answer.to_dict() | {"index": done + answer.index, "key": row.key}
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             file.flush()
             tokens, answers = tokens + len(answer.ids), answers + 1
             rate = tokens / (time.perf_counter() - started)

@@ -46,17 +46,17 @@ class Sampling:
     """Go on after an end-of-sequence token, up to max_tokens (for measurements)."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = tuple(self.stop) if isinstance(self.stop, list | tuple) else (self.stop,)
         object.__setattr__(self, "stop", stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise UserError(f"stop={stop!r} must be non-empty strings; set stop to a string such as '\\n\\n'")
         _whole("max_tokens", self.max_tokens, 1)
         _whole("top_k", self.top_k, 0)
-        _whole("n", self.n, 1)
+        _whole("n", self.n, 1, 65_536)
         _whole("thinking_grace", self.thinking_grace, 0)
         for name in ("seed", "logprobs", "thinking_budget"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 0)
+                _whole(name, getattr(self, name), 0, 2**128 if name == "seed" else 2**31 - 1)
         _real("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or 0.6")
         _real("top_p", self.top_p, 0.0, 1.0, "1 (off) or 0.95", above=True)
         _real("min_p", self.min_p, 0.0, 1.0, "0 (off) or 0.05")
@@ -74,14 +74,15 @@ class Sampling:
         return dataclasses.replace(self, **values)
 
 
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}={value!r} must be a whole number of at least {least}; set {name} to {max(least, 1)}")
+def _whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        bound = f"of at least {least} and at most {most}"
+        raise UserError(f"{name}={value!r} must be a whole number {bound}; set {name} to {max(least, 1)}")
 
 
 def _real(name: str, value: Any, low: float, high: float, fix: str, above: bool = False) -> None:
     """Check low <= value <= high (low < value when `above`)."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     if not good or value > high or value < low or (above and value == low):
         bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
         raise UserError(f"{name}={value!r} must be a number {bound}; set {name} to {fix}")

@@ -102,6 +102,8 @@ def _gguf_in(path: Path) -> Path:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise UserError(f"{file.parent} holds no {file.name}; give a model's folder, or copy the whole of it")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -82,7 +82,7 @@ class Chat:
             return False
         if word == "/help":
             self.note(HELP)
-        elif word == "/think" and (not rest or (rest.isdecimal() and int(rest) > 0)):
+        elif word == "/think" and (not rest or (rest.isdecimal() and len(rest) < 10 and int(rest) > 0)):
             self.sampling = replace(self.sampling, thinking_budget=int(rest) if rest else None)
             self.note(f"thinking, at most {rest} tokens" if rest else "thinking without a limit")
         elif word == "/think":
