@@ -273,3 +273,11 @@ def test_tree_writes_every_default_out() -> None:
     tree = to_tree(Job(steps=1))
     assert tree["optimizer"]["decay"] == {"shape": "linear", "share": 0.2}
     assert parse(Job, tree) == Job(steps=1)
+
+
+@pytest.mark.parametrize(("text", "words"), [("a: &x\n  b: *x\n", "Circular"), ("a: " + "[" * 3000, "too deep")])
+def test_settings_that_have_no_end_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "endless.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words):
+        config.read_yaml(file)

@@ -106,11 +106,15 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str, skipkeys=True)  # what refers to itself shows itself here
+        return value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark is not None and "\n" in text else ""
         raise UserError(f"{where}{line}: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deep; settings are a few levels of keys") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
 

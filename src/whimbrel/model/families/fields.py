@@ -37,6 +37,13 @@ class Fields:
             raise UserError(f"{self.where} says {spellings[0]} {value!r}; set it to a whole number of 1 or more")
         return value
 
+    def real(self, *spellings: str, default: Any = REQUIRED) -> float:
+        """A number above 0."""
+        value = self.get(*spellings, default=default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise UserError(f"{self.where} says {spellings[0]} {value!r}; set it to a number above 0")
+        return float(value)
+
     def ids(self, name: str, default: int | None) -> Any:
         """A token id, several of them as a tuple, or None where the file says null."""
         value = self.raw.get(name, default)
@@ -62,8 +69,8 @@ class Fields:
                 f"{self.where} says rope_type {kind!r}, which is not computed here; read are 'default' and 'llama3'"
             )
         return {
-            "rope_theta": float(flat.get("rope_theta", default=10_000.0)),
-            "rope_fraction": flat.get(
+            "rope_theta": flat.real("rope_theta", default=10_000.0),
+            "rope_fraction": flat.real(
                 "partial_rotary_factor", "rope_percent", "rope_percentage", default=usual_fraction
             ),
             "rope_scaling": flat._scaling() if kind == "llama3" else None,
@@ -71,9 +78,9 @@ class Fields:
 
     def _scaling(self) -> RopeScaling:
         return RopeScaling(
-            factor=float(self.get("factor")),
-            low_freq_factor=float(self.get("low_freq_factor")),
-            high_freq_factor=float(self.get("high_freq_factor")),
+            factor=self.real("factor"),
+            low_freq_factor=self.real("low_freq_factor"),
+            high_freq_factor=self.real("high_freq_factor"),
             original_max_position_embeddings=self.get("original_max_position_embeddings", "max_position_embeddings"),
         )
 
