@@ -75,12 +75,10 @@ class Engine:
         self.model, self.tokenizer, self.report = model, tokenizer, report
         self.max_sequences, self.kv_tokens = max_sequences, kv_tokens
         self.block_size, self.prefill_tokens = block_size, prefill_tokens
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = model.device, model.dtype
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
             raise UserError("dtype is bfloat16, which CPUs emulate slowly and some not at all; set dtype to float32")
-        own = model.config.eos_token_id
-        self._ends = frozenset(tokenizer.eos_ids) | frozenset((own,) if isinstance(own, int) else own or ())
+        self._ends = frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_token_ids)
         # A tag that is itself a special token must stay in the text, where it is looked for.
         self._skip_special = tokenizer.decode(tokenizer.encode(CLOSE)) == CLOSE
         self._warned = False

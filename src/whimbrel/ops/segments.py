@@ -60,10 +60,6 @@ class Segments:
         """[T] int64: the place of each token in its sequence."""
         return torch.arange(self.tokens, device=self.device) - self.starts[self.sequence_T]
 
-    def first(self, count: int) -> Segments:
-        """The first sequences."""
-        return Segments(self.lengths[:count], self.device)
-
     def rest(self, count: int) -> Segments:
         """The sequences after the first `count`, counted from token 0."""
         return self if count == 0 else Segments(self.lengths[count:], self.device)
