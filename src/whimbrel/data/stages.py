@@ -14,7 +14,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from whimbrel.config import Bytes, Settings
 from whimbrel.data import documents, language, pages, shards, workers
@@ -23,6 +23,7 @@ from whimbrel.data.judge import Judge, row
 from whimbrel.errors import UserError, need
 from whimbrel.events import Report
 from whimbrel.text import Tokenizer
+from whimbrel.text.tokenizer import check_size
 
 PART = 256  # pages whose verdicts are kept at a time: what a kill can cost
 # What a page must pass, in this order, and the reasons that drop it there. Every other reason is a limit of `filters`.
@@ -66,6 +67,11 @@ class TokenizerSettings(Settings):
     reserved: int = 64
     """Slots for special tokens at the beginning of the vocabulary."""
     min_frequency: int = 2
+
+    @model_validator(mode="after")
+    def _fits(self) -> TokenizerSettings:
+        check_size(self.vocab_size, self.reserved)
+        return self
 
 
 class TokensSettings(Settings):

@@ -37,6 +37,19 @@ _BYTES = 256
 _LEAST_RESERVED = 13  # up to <SPECIAL_12>, which the chat format needs
 
 
+def check_size(vocab_size: int, reserved: int) -> None:
+    """Raise `UserError` for a vocabulary that cannot hold its reserved slots and the 256 bytes."""
+    if reserved < _LEAST_RESERVED:
+        raise UserError(
+            f"reserved={reserved} leaves no room for the chat tokens; set reserved to {_LEAST_RESERVED} or more"
+        )
+    if vocab_size < reserved + _BYTES:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small for {reserved} reserved slots and {_BYTES} bytes; "
+            f"set vocab_size to {reserved + _BYTES} or more"
+        )
+
+
 class Tokenizer:
     """A vocabulary, its special tokens and its chat template. Unchanging once built, so threads may share it."""
 
@@ -72,15 +85,7 @@ class Tokenizer:
         The slots are `<unk>` 0, `<s>` 1, `</s>` 2 and `<SPECIAL_i>` with id i. A pair of entries merges if it occurs
         `min_frequency` times. The same texts give the same vocabulary, whatever the number of threads.
         """
-        if reserved < _LEAST_RESERVED:
-            raise UserError(
-                f"reserved={reserved} leaves no room for the chat tokens; set reserved to {_LEAST_RESERVED} or more"
-            )
-        if vocab_size < reserved + _BYTES:
-            raise UserError(
-                f"vocab_size={vocab_size} is too small for {reserved} reserved slots and {_BYTES} bytes; "
-                f"set vocab_size to {reserved + _BYTES} or more"
-            )
+        check_size(vocab_size, reserved)
         backend = _untrained()
         names = ["<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, reserved))]
         trainer = trainers.BpeTrainer(

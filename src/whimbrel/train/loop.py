@@ -79,7 +79,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; set train.{name} to 1 or more")
         for name in ("clip", "threads"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"train.{name} is {getattr(self, name)}; set train.{name} to 0 or more")
         if self.precision not in PRECISIONS:
             hint = nearest(self.precision, PRECISIONS)
