@@ -48,7 +48,8 @@ STAGES = {
     "data": "raw pages to documents, with the reason of every drop.",
     "tokenizer": "a vocabulary learned from documents.",
     "tokens": "documents to token shards.",
-    "pretrain": "token shards to a model.",
+    "farqa": "documents to long ones whose questions are answered far back.",
+    "pretrain": "token shards to a model, from random weights or on from another.",
     "sample": "texts written by a model.",
 }
 

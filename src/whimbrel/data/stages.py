@@ -195,9 +195,10 @@ def _sweep(out: Path) -> None:
 
 
 def run_tokenizer(settings: TokenizerSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
-    """Train a tokenizer on the input `documents` and save it as `out`, a tokenizer folder."""
+    """Train a tokenizer on the input `documents`, or several of them, and save it as `out`, a tokenizer folder."""
     _sweep(out)
-    texts = (document["text"] for document in documents.read(inputs["documents"], ["text"]))
+    folders = [folder for name, folder in sorted(inputs.items()) if name.partition(".")[0] == "documents"]
+    texts = (document["text"] for folder in folders for document in documents.read(folder, ["text"]))
     report({"event": "log", "text": f"learning a vocabulary of {settings.vocab_size:,} entries"})
     tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.reserved, settings.min_frequency)
     tokenizer.save(out)

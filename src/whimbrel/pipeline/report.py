@@ -27,6 +27,7 @@ ABOUT = {
     "data": "pages to documents",
     "tokenizer": "documents to a vocabulary",
     "tokens": "documents to token shards",
+    "farqa": "long documents with far answers",
     "pretrain": "tokens to a model",
     "sample": "the model writes",
 }

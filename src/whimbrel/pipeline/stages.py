@@ -19,8 +19,9 @@ class Stage:
 
     `run(settings, inputs, out, report) -> metrics` fills the folder `out`, in which it may find work of its own to
     continue. `version` grows whenever the same settings give another output. `inputs` must be given in a recipe,
-    `optional` may be. `model` is where in the output a checkpoint lies, if there is one. `free` names settings
-    (dotted) that say how the work is done and not what comes out: changing one leaves the key as it is.
+    `optional` may be; those in `several` may be a group, `{one: STAGE, other: STAGE}`, which reaches `run` as
+    `name.one` and `name.other`. `model` is where in the output a checkpoint lies, if there is one. `free` names
+    settings (dotted) that say how the work is done and not what comes out: changing one leaves the key as it is.
     """
 
     settings: str
@@ -28,6 +29,7 @@ class Stage:
     version: int
     inputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     model: str | None = None
     free: tuple[str, ...] = ()
 
@@ -46,6 +48,7 @@ STAGES: Mapping[str, Stage] = {
         run="whimbrel.data.stages:run_tokenizer",
         version=1,
         inputs=("documents",),
+        several=("documents",),
     ),
     "tokens": Stage(
         settings="whimbrel.data.stages:TokensSettings",
@@ -53,11 +56,19 @@ STAGES: Mapping[str, Stage] = {
         version=1,
         inputs=("documents", "tokenizer"),
     ),
+    "farqa": Stage(
+        settings="whimbrel.data.farqa:FarqaSettings",
+        run="whimbrel.data.farqa:run",
+        version=1,
+        inputs=("documents",),
+    ),
     "pretrain": Stage(
         settings="whimbrel.train.stages:PretrainSettings",
         run="whimbrel.train.stages:run",
         version=1,
         inputs=("tokens", "tokenizer"),
+        optional=("model",),
+        several=("tokens",),
         model="model",
         free=(
             "train.threads",

@@ -31,8 +31,10 @@ from whimbrel.train.loop import TrainSettings, pretrain
 class BlendSettings:
     """Which shards, in which proportion, when (data/blend.py)."""
 
-    sources: dict[str, str] = field(default_factory=lambda: {"train": "train"})
-    """Shard by name of source: a path without .bin or .idx, seen from the input `tokens`."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Shard by name of source: a path without .bin or .idx, seen from the input `tokens`, or from `tokens.NAME` where
+    several inputs have names. None: the shard `train` of each input.
+    """
     phases: tuple[Phase, ...] = ()
     """Weights of the sources, each until a share of the run; none: by the number of tokens."""
     epochs: dict[str, float] = field(default_factory=dict)
@@ -41,11 +43,11 @@ class BlendSettings:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """A model from random weights."""
+    """A model from random weights, or on from the input `model`."""
 
-    model: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
     """`preset: NAME`, or fields of a model, or a preset and fields that differ; the vocabulary comes from the
-    tokenizer.
+    tokenizer. With an input `model` nothing but max_position_embeddings.
     """
     length: int = 512
     """Tokens of a row; documents in it do not see each other."""
@@ -66,8 +68,10 @@ class PretrainSettings:
                 raise UserError(f"{name} is {getattr(self, name)}; set {name} to 1 or more")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device is {self.device!r}; set device to auto, cpu or cuda")
-        config = model_config({"vocab_size": 2**17} | self.model)  # what is wrong with it is said before anything runs
-        if self.length > config.max_position_embeddings:
+        # What is wrong is said before anything runs; without a shape of its own it goes on from the input model.
+        shaped = set(self.model) - {"max_position_embeddings"}
+        config = model_config({"vocab_size": 2**17} | self.model) if shaped else None
+        if config is not None and self.length > config.max_position_embeddings:
             raise UserError(
                 f"length {self.length} is beyond model.max_position_embeddings {config.max_position_embeddings}; "
                 "set the second to at least the first"
@@ -86,24 +90,44 @@ def run(settings: PretrainSettings, inputs: Mapping[str, Path], out: Path, repor
     Returns the figures of the run.
     """
     tokenizer = Tokenizer.load(inputs["tokenizer"])
-    model = LanguageModel(fitted(settings.model, tokenizer), device=settings.torch_device()).initialise(settings.seed)
-    source = blend(settings, inputs["tokens"])
+    model = _begin(settings, tokenizer, inputs.get("model"))
+    tokens = {name.partition(".")[2]: folder for name, folder in inputs.items() if name.partition(".")[0] == "tokens"}
+    source = blend(settings, tokens)
     report({"event": "log", "text": source.preview()})
     validation, train = None, settings.train
-    if (inputs["tokens"] / f"{settings.heldout}.idx").exists():
-        rows = Windows(TokenShards(inputs["tokens"] / settings.heldout), settings.length, seed=0)
+    first = next(iter(tokens.values()))
+    if (first / f"{settings.heldout}.idx").exists():
+        rows = Windows(TokenShards(first / settings.heldout), settings.length, seed=0)
         validation = Source(rows, settings.batch_rows)
         train = replace(train, validate_batches=min(train.validate_batches, -(-rows.count // settings.batch_rows)))
     else:
         report(
             {
                 "event": "warning",
-                "text": f"{inputs['tokens']} has no shard {settings.heldout!r}; no loss on held-out data",
+                "text": f"{first} has no shard {settings.heldout!r}; no loss on held-out data",
             }
         )
     figures = pretrain(train, source, validation, model, out, report)
     model.save(out / "model", inputs["tokenizer"])
     return figures
+
+
+def _begin(settings: PretrainSettings, tokenizer: Tokenizer, start: Path | None) -> LanguageModel:
+    """Random weights in the shape of the settings, or the weights of `start`, ready for texts of `length`."""
+    device = settings.torch_device()
+    if start is None:
+        return LanguageModel(fitted(settings.model, tokenizer), device=device).initialise(settings.seed)
+    if wrong := sorted(set(settings.model) - {"max_position_embeddings"}):
+        raise UserError(f"model.{wrong[0]} is set, but the shape is that of the input model; leave it out")
+    model = LanguageModel.load(start, dtype="float32", device=device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the input model {model.config.vocab_size}; "
+            "give the tokenizer that the model was trained with"
+        )
+    longest = settings.model.get("max_position_embeddings", max(settings.length, model.config.max_position_embeddings))
+    model.config = replace(model.config, max_position_embeddings=longest)
+    return model
 
 
 def model_config(said: Mapping[str, Any]) -> ModelConfig:
@@ -139,11 +163,18 @@ def fitted(said: Mapping[str, Any], tokenizer: Tokenizer) -> ModelConfig:
     return model_config({**said, "vocab_size": vocabulary, **ids})
 
 
-def blend(settings: PretrainSettings, tokens: Path) -> Blend:
-    """The order of all training data, fixed before the first step."""
+def blend(settings: PretrainSettings, tokens: Mapping[str, Path]) -> Blend:
+    """The order of all training data, fixed before the first step. `tokens`: folders of shards by their input's name,
+    which is empty if there is only one.
+    """
+    named = "" not in tokens
+    prefixes = settings.blend.sources or {name or "train": "train" for name in tokens}
+    for name in prefixes:
+        if named and name not in tokens:
+            raise UserError(f"blend.sources has {name!r}, which is no input; {nearest(name, tokens)}")
     sources = {
-        name: Windows(TokenShards(tokens / prefix), settings.length, settings.seed)
-        for name, prefix in settings.blend.sources.items()
+        name: Windows(TokenShards(tokens[name if named else ""] / prefix), settings.length, settings.seed)
+        for name, prefix in prefixes.items()
     }
     even = Phase(1.0, {name: float(rows.shards.tokens) for name, rows in sources.items()})
     batches = settings.train.steps * settings.train.accumulate
