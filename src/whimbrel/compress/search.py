@@ -1,0 +1,239 @@
+"""Which smaller shape: all that fit, ranked by what they keep, then by the loss after the cut, then by a short life.
+
+From configs alone, so that the shapes under a memory are known before anything is loaded or cut. The way is that of
+Nemotron Nano 2 (arXiv 2508.14444, section 4) and MiniPuzzle (arXiv 2504.03624): layers go in a fixed order, widths are
+the same in all layers, every shape of the grid that fits is a candidate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+
+from whimbrel.compress.importance import Importance, Removal, blocks
+from whimbrel.compress.prune import select
+from whimbrel.engine.plan import serving_bytes
+from whimbrel.errors import UserError
+from whimbrel.model import count
+from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
+from whimbrel.units import format_bytes, format_count
+
+GRID = {"layers": 0.8, "hidden_size": 0.5, "intermediate_size": 0.5, "mamba_num_heads": 0.5}
+"""Axes that are cut where no values are given, each with the least share of the parent that is tried."""
+OF_LETTER = {
+    "intermediate_size": FEED_FORWARD,
+    "mamba_num_heads": MAMBA,
+    "mamba_head_dim": MAMBA,
+    "num_key_value_heads": ATTENTION,
+    "num_attention_heads": ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Values to try on each axis; null: a grid from the parent downwards for layers, width, feed-forward and Mamba
+    heads, the parent's value alone for the others.
+    """
+
+    layers: tuple[int, ...] | None = None
+    """Layers that stay."""
+    hidden_size: tuple[int, ...] | None = None
+    intermediate_size: tuple[int, ...] | None = None
+    mamba_num_heads: tuple[int, ...] | None = None
+    """Multiples of the groups: every group keeps as many."""
+    mamba_head_dim: tuple[int, ...] | None = None
+    num_key_value_heads: tuple[int, ...] | None = None
+    num_attention_heads: tuple[int, ...] | None = None
+    """Query heads; null: those of the key/value heads that stay."""
+
+    def values(self, parent: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """The values of every axis of this parent, the largest first. `UserError` for those that no cut can give."""
+        steps = {"layers": len(blocks(parent)[0]), "mamba_num_heads": parent.n_groups}
+        grid = {name: _grid(getattr(parent, name), steps.get(name, 1), least) for name, least in GRID.items()}
+        kinds = len(set(parent.pattern))
+        grid["layers"] = tuple(n for n in grid["layers"] if n >= kinds)
+        found = {}
+        for name, given in vars(self).items():
+            most, step = getattr(parent, name), steps.get(name, 1)
+            if OF_LETTER.get(name, parent.pattern) not in parent.pattern:
+                given = (most,)
+            for value in given or ():
+                least = max(step, kinds) if name == "layers" else step
+                if not least <= value <= most or value % step:
+                    raise UserError(
+                        f"axes.{name} has {value}; set it to multiples of {step} from {least} to the parent's {most}"
+                    )
+            found[name] = tuple(sorted(set(given or grid.get(name, (most,))), reverse=True))
+        return found
+
+
+def _grid(most: int, step: int, least: float) -> tuple[int, ...]:
+    """Sixteenths of the parent's value from all of it down to the share `least`, in whole steps."""
+    return tuple({step * max(1, most // step * n // 16) for n in range(math.ceil(16 * least), 17)})
+
+
+def depths(parent: ModelConfig, removals: Sequence[Removal]) -> dict[int, tuple[int, ...]]:
+    """The layers that stay, by their number."""
+    found = {parent.layers: tuple(range(parent.layers))}
+    for removal in removals:
+        stay = tuple(layer for layer in found[min(found)] if layer not in removal.layers)
+        found[len(stay)] = stay
+    return found
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a child may take: bytes while it serves `batch` sequences of `context` tokens, and parameters."""
+
+    memory: int | None = None
+    context: int = 1
+    batch: int = 1
+    dtype: str = "bfloat16"
+    parameters: int | None = None
+
+    def holds(self, bytes_: int, parameters: int) -> bool:
+        """Is that within the bound?"""
+        return bytes_ <= (self.memory or bytes_) and parameters <= (self.parameters or parameters)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One shape, and what became of it so far. Losses are cross-entropy on held-out text."""
+
+    config: ModelConfig
+    layers: tuple[int, ...]
+    """Layers of the parent that stay."""
+    parameters: int
+    bytes: int
+    """While serving at the bound's context."""
+    kept: float = math.nan
+    """Product over the axes of the share of importance that is kept: an order in which to look, no more."""
+    cut_loss: float = math.nan
+    """Right after the cut."""
+    trial_loss: float = math.nan
+    """After a short distillation."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The value on each axis."""
+        return tuple(getattr(self.config, axis.name) for axis in fields(Axes))
+
+    @property
+    def name(self) -> str:
+        """The shape as a word."""
+        return "-".join(map(str, self.shape))
+
+
+def candidates(parent: ModelConfig, stay: Mapping[int, tuple[int, ...]], axes: Axes, bound: Bound) -> list[Candidate]:
+    """Every shape of the grid that the bound holds, the largest first. `stay`: what `depths` gives.
+
+    Raises `UserError` with the memory or share that would do if there is none.
+    """
+    names, *grid = zip(*axes.values(parent).items(), strict=True)
+    queries = parent.num_attention_heads // max(1, parent.num_key_value_heads)
+    found, least_bytes, least_parameters = [], 1 << 62, 1 << 62
+    for layers, *widths in product(*grid[0]):
+        named = dict(zip(names[1:], widths, strict=True))
+        if axes.num_attention_heads is None:
+            named["num_attention_heads"] = named["num_key_value_heads"] * queries
+        if not _grouped(named["num_attention_heads"], named["num_key_value_heads"], queries):
+            continue
+        pattern = "".join(parent.pattern[layer] for layer in stay[layers])
+        config = replace(parent, pattern=pattern, **named)
+        parameters, bytes_ = count.total(config), serving_bytes(config, bound.context, bound.batch, bound.dtype)
+        least_bytes, least_parameters = min(least_bytes, bytes_), min(least_parameters, parameters)
+        if bound.holds(bytes_, parameters):
+            found.append(Candidate(config, stay[layers], parameters, bytes_))
+    if not found:
+        raise UserError(_nothing(bound, count.total(parent), least_bytes, least_parameters))
+    return sorted(found, key=lambda one: -one.parameters)
+
+
+def _grouped(heads: int, keys: int, queries: int) -> bool:
+    """Can every one of these key/value heads have as many of its `queries` query heads?"""
+    return not keys or (heads % keys == 0 and heads // keys <= queries)
+
+
+def _nothing(bound: Bound, parent: int, bytes_: int, parameters: int) -> str:
+    """What to say when not even the smallest shape is within the bound."""
+    said = f"the smallest shape of the grid takes {format_bytes(bytes_)} and has {format_count(parameters)} parameters"
+    ways = [] if bound.memory is None else [f"memory to {math.ceil(bytes_ / 2**20)}MiB"]
+    ways += [] if bound.parameters is None else [f"share to {math.ceil(1000 * parameters / parent) / 1000:g}"]
+    return f"nothing fits: {said}; set {' and '.join(ways)}, or give smaller values under axes"
+
+
+def largest(found: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other is at least as large as on every axis: to take less than fits is to lose for nothing."""
+    kept: list[Candidate] = []
+    for one in sorted(found, key=lambda one: -one.parameters):
+        if not any(all(a <= b for a, b in zip(one.shape, other.shape, strict=True)) for other in kept):
+            kept.append(one)
+    return kept
+
+
+def kept(importance: Importance, parent: ModelConfig, one: Candidate) -> float:
+    """Product of the shares of importance kept: of the channels, of each kind of layer's units, of the layers."""
+    units = select(importance, parent, one.config, one.layers)
+    product_ = float(importance.channels_D[units.channels_D].sum() / importance.channels_D.sum())
+    for letter in set(one.config.pattern):
+        shares = []
+        for layer in (layer for layer in one.layers if parent.pattern[layer] == letter):
+            scores, inside = importance.units[layer], units.inside[layer]
+            stays = scores[inside[0]][:, inside[1]] if letter == MAMBA else scores[inside[-1]]
+            shares.append(float(stays.sum() / scores.sum()))
+        product_ *= sum(shares) / len(shares)
+    gone = {layer for layer in range(parent.layers) if layer not in one.layers}
+    return product_ * min([r.kept for r in importance.removals if gone.issuperset(r.layers)], default=1.0)
+
+
+def choose(
+    found: Sequence[Candidate],
+    scored: int,
+    finalists: int,
+    cut_loss: Callable[[Candidate], float],
+    trial_loss: Callable[[Candidate], float],
+) -> list[Candidate]:
+    """The candidates with what was found out about them, the chosen one first.
+
+    Of every depth the `scored / depths` that keep most are cut and scored. The best of each depth are tried, which
+    settles the depth; then the next of that depth, `finalists` with the first. 1 finalist of one depth is not tried.
+    """
+    seen = {one.name: one for one in found}
+    field: dict[int, list[Candidate]] = {}
+    for one in sorted(found, key=lambda one: -one.kept):
+        field.setdefault(len(one.layers), []).append(one)
+    for depth, some in field.items():
+        looked = [replace(one, cut_loss=cut_loss(one)) for one in some[: -(-scored // len(field))]]
+        field[depth] = sorted(looked, key=lambda one: one.cut_loss)
+        seen |= {one.name: one for one in looked}
+
+    def tried(some: Sequence[Candidate]) -> Candidate:
+        if len(some) == 1:
+            return some[0]
+        for one in some:
+            if math.isnan(seen[one.name].trial_loss):
+                seen[one.name] = replace(one, trial_loss=trial_loss(one))
+        return min((seen[one.name] for one in some), key=lambda one: one.trial_loss)
+
+    depth = len(tried([some[0] for some in field.values()]).layers)
+    winner = tried(field[depth][:finalists])
+    return sorted(seen.values(), key=lambda one: (one is not winner, *_order(one)))
+
+
+def _order(one: Candidate) -> tuple[float, ...]:
+    """Tried before scored before not looked at; the better first."""
+    return tuple(math.inf if math.isnan(x) else x for x in (one.trial_loss, one.cut_loss, -one.kept))
+
+
+def table(found: Sequence[Candidate]) -> list[str]:
+    """Candidates for people, one line each."""
+    heads = ("layers", "width", "feed-fwd", "M heads", "M width", "kv heads", "heads")
+    tail = ("parameters", "memory", "kept", "cut loss", "trial loss")
+    lines = ["  ".join([*(f"{head:>8}" for head in heads), *(f"{head:>10}" for head in tail)])]
+    for one in found:
+        losses = ("-" if math.isnan(x) else f"{x:.3f}" for x in (one.cut_loss, one.trial_loss))
+        told = (format_count(one.parameters), format_bytes(one.bytes), f"{one.kept:.1%}", *losses)
+        lines.append("  ".join([*(f"{n:>8}" for n in one.shape), *(f"{word:>10}" for word in told)]))
+    return lines

@@ -1,0 +1,191 @@
+"""The stages `compress` (importance, search, surgery: a smaller model) and `distill` (it learns from a teacher).
+
+OUT/model/            Hugging Face folder of the child, with the tokenizer's files of its parent
+OUT/candidates.json   compress: the shapes that fit, the chosen one first; candidates.txt is the table of them
+OUT/metrics.jsonl     distill: as pretrain writes it; validation_loss is cross-entropy, whatever is learned from
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from whimbrel.compress.distill import Distillation
+from whimbrel.compress.importance import DEPTH_SCORES, Importance, measure, removals
+from whimbrel.compress.prune import cut, prove, select
+from whimbrel.compress.search import Axes, Bound, Candidate, candidates, choose, depths, kept, largest, table
+from whimbrel.errors import UserError, nearest
+from whimbrel.events import Report
+from whimbrel.files import atomic_write
+from whimbrel.model import count
+from whimbrel.model.checkpoint import save
+from whimbrel.model.language import LanguageModel
+from whimbrel.train import threads
+from whimbrel.train.loop import TrainSettings, train
+from whimbrel.train.objective import CrossEntropy
+from whimbrel.train.stages import RowSettings, blend
+from whimbrel.train.step import accumulate
+from whimbrel.units import parse_bytes
+
+
+@dataclass(frozen=True)
+class DistillSettings(RowSettings):
+    """A student that learns from a teacher on token shards."""
+
+    labels: float = 0.0
+    """Weight of the labels: 0 learns from the teacher alone, 1 from the labels alone (the control)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.labels <= 1:
+            raise UserError(f"labels is {self.labels}; set it from 0 (the teacher alone) to 1 (the labels alone)")
+
+
+@dataclass(frozen=True)
+class CompressSettings(RowSettings):
+    """A smaller model under a memory, a share of the parameters, or both. `train` is the trial of a candidate."""
+
+    memory: str | None = None
+    """What serving may take, for instance 22GiB; counted as `whimbrel plan` does."""
+    context: int | None = None
+    """Tokens of a sequence in that memory; null: max_position_embeddings."""
+    batch: int = 1
+    """Sequences at once in that memory."""
+    dtype: str = "bfloat16"
+    """Numbers of weights and cache in that memory."""
+    share: float | None = None
+    """Largest share of the parent's parameters."""
+    axes: Axes = field(default_factory=Axes)
+    depth_score: str = "mse"
+    """Which layers go first: `mse` of the logits, looked at anew after each; or `cosine` of each layer, one look."""
+    calibration: int = 64
+    """Rows from which importance is read; each is a sample."""
+    scored: int = 32
+    """Candidates that are cut and scored on held-out rows."""
+    finalists: int = 3
+    """Candidates of the chosen depth that are tried by a short distillation."""
+    train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=100))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory is None and self.share is None and self.axes == Axes():
+            raise UserError("memory and share are null: nothing is to be cut; set memory to 22GiB or share to 0.6, say")
+        if self.memory is not None:
+            parse_bytes(self.memory)
+        if self.share is not None and not 0 < self.share <= 1:
+            raise UserError(f"share is {self.share}; set share above 0 and at most 1, for example 0.6")
+        if self.depth_score not in DEPTH_SCORES:
+            raise UserError(f"depth_score is {self.depth_score!r}; {nearest(self.depth_score, DEPTH_SCORES)}")
+        for name in ("batch", "calibration", "scored", "finalists"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; set {name} to 1 or more")
+        count.dtype_bytes(self.dtype)
+
+
+def model_folder(place: Path) -> Path:
+    """The model in a stage's folder, or a model's own folder."""
+    return place / "model" if (place / "model" / "config.json").exists() else place
+
+
+def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
+    """Cut the input `model` to the best shape within the bound, judged on the held-out rows of `tokens`."""
+    folder = model_folder(inputs["model"])
+    parent = LanguageModel.load(folder, device=settings.torch_device()).requires_grad_(False)
+    source = blend(settings, inputs["tokens"])
+    validation, trial = settings.held_out(inputs["tokens"], report)
+    if validation is None:
+        raise UserError(f"candidates are judged on held-out rows; set heldout to a shard of {inputs['tokens']}")
+    held = [validation.batch(index) for index in range(trial.validate_batches)]
+
+    def loss(model: LanguageModel) -> float:
+        return accumulate(model, CrossEntropy(), held, trial.precision_on(model.device), learn=False)[0]
+
+    def child(one: Candidate) -> LanguageModel:
+        return cut(parent, select(found, parent.config, one.config, one.layers), one.config)
+
+    def trial_loss(one: Candidate) -> float:
+        report({"event": "log", "text": f"trial of {one.name}: {one.parameters:,} parameters, {one.cut_loss:.3f} now"})
+        figures = train(
+            trial,
+            Distillation(parent),
+            source,
+            validation,
+            child(one),
+            out / "trials" / one.name,
+            report,
+            CrossEntropy(),
+        )
+        return float(figures["validation_loss"])
+
+    trial = replace(trial, threads=threads.choose(trial.threads, None, lambda: loss(parent), report))
+    with threads.using(trial.threads):
+        found, front = _field(settings, parent, inputs["tokens"], report)
+        front = choose(front, settings.scored, settings.finalists, lambda one: loss(child(one)), trial_loss)
+        winner = child(front[0])
+        figures = {"parent_loss": loss(parent), "cut_loss": loss(winner), "candidates": len(front)}
+    _write(front, out, report)
+    lineage = [f"cut out of {folder.name}, {count.total(parent.config):,} parameters in {parent.config.pattern}"]
+    save(winner, out / "model", folder if (folder / "tokenizer.json").exists() else None, lineage=lineage)
+    prove(winner, out / "model")
+    for leftover in (out / "trials").glob("*/checkpoints"):
+        shutil.rmtree(leftover)
+    sizes = {"parameters": front[0].parameters, "parent_parameters": count.total(parent.config)}
+    return sizes | figures | {"bytes": front[0].bytes}
+
+
+def _field(
+    settings: CompressSettings, parent: LanguageModel, tokens: Path, report: Report
+) -> tuple[Importance, list[Candidate]]:
+    """What the parent's parts are worth, and the candidates."""
+    config, limits = parent.config, settings.axes.values(parent.config)
+    rows = blend(replace(settings, batch_rows=1, train=TrainSettings(steps=settings.calibration)), tokens)
+    samples = [rows.batch(index) for index in range(settings.calibration)]
+    gone = removals(parent, samples, min(limits["layers"]), settings.depth_score, report)
+    found = Importance(*measure(parent, samples), gone)
+    bound = Bound(
+        memory=None if settings.memory is None else parse_bytes(settings.memory),
+        context=settings.context or config.max_position_embeddings,
+        batch=settings.batch,
+        dtype=settings.dtype,
+        parameters=None if settings.share is None else int(settings.share * count.total(config)),
+    )
+    fits = candidates(config, depths(config, gone), settings.axes, bound)
+    front = [replace(one, kept=kept(found, config, one)) for one in largest(fits)]
+    text = f"{len(fits):,} shapes fit, {len(front):,} of them as large as can be"
+    report({"event": "log", "text": text})
+    return found, front
+
+
+def _write(front: Sequence[Candidate], out: Path, report: Report) -> None:
+    """candidates.json and candidates.txt."""
+    lines = table(front)
+    report({"event": "log", "text": "\n".join(lines[:12])})
+    with atomic_write(out / "candidates.txt") as file:
+        file.write("\n".join([*lines, ""]))
+    rows = [asdict(one) | {"config": dict(zip(vars(Axes()), one.shape, strict=True))} for one in front]
+    plain = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # NaN: not known
+    with atomic_write(out / "candidates.json") as file:
+        json.dump(plain, file, indent=2)
+
+
+def run_distill(settings: DistillSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
+    """Train the input `student` on `tokens` against the input `teacher`; goes on from what it finds in `out`."""
+    device, folder = settings.torch_device(), model_folder(inputs["student"])
+    teacher, student = (
+        LanguageModel.load(model_folder(inputs[name]), device=device) for name in ("teacher", "student")
+    )
+    source = blend(settings, inputs["tokens"])
+    report({"event": "log", "text": source.preview()})
+    validation, limits = settings.held_out(inputs["tokens"], report)
+    objective = Distillation(teacher, settings.labels)
+    figures = train(limits, objective, source, validation, student, out, report, judge=CrossEntropy())
+    if validation is not None:
+        held = [validation.batch(index) for index in range(limits.validate_batches)]
+        figures["teacher_loss"] = accumulate(teacher, CrossEntropy(), held, learn=False)[0]
+    lineage = [f"{folder.name}, taught by {model_folder(inputs['teacher']).name} (labels: {settings.labels:g})"]
+    save(student, out / "model", folder if (folder / "tokenizer.json").exists() else None, lineage=lineage)
+    return figures
