@@ -26,7 +26,6 @@ HYBRID = ModelConfig(
     n_groups=2,
     conv_kernel=3,
     mamba_bias=True,
-    attention_bias=True,
     mlp_bias=True,
     norm_eps=1e-20,
 )
@@ -36,17 +35,15 @@ LLAMA = replace(
     mlp="swiglu",
     rope_theta=1e4,
     tie_embeddings=True,
-    mamba_bias=False,
-    attention_bias=False,
-    mlp_bias=False,
+    attention_bias=True,
     family="llama",
 )
 NETS = {
     "hybrid": HYBRID,
-    "hybrid, plain": replace(HYBRID, mamba_bias=False, attention_bias=False, mlp_bias=False, tie_embeddings=True),
+    "hybrid, plain": replace(HYBRID, mamba_bias=False, mlp_bias=False, tie_embeddings=True),
     "llama": LLAMA,
-    "qwen3": replace(LLAMA, family="qwen3", qk_norm=True, tie_embeddings=False),
-    "nemotron": replace(LLAMA, family="nemotron", norm="layernorm1p", mlp="relu2", rope_fraction=0.5),
+    "qwen3": replace(LLAMA, family="qwen3", qk_norm=True, mlp_bias=False, tie_embeddings=False),
+    "nemotron": replace(LLAMA, family="nemotron", norm="layernorm1p", mlp="relu2", mlp_bias=False, rope_fraction=0.5),
 }
 
 

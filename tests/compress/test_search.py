@@ -1,0 +1,172 @@
+"""Shapes under a bound, from configs alone; the order in which candidates are looked at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from small_nets import HYBRID, LLAMA, net, rows
+
+from whimbrel.compress.importance import Importance, Removal, measure
+from whimbrel.compress.search import Axes, Bound, Candidate, candidates, choose, depths, kept, largest, table
+from whimbrel.engine.plan import plan
+from whimbrel.errors import UserError
+from whimbrel.model import count
+from whimbrel.model.config import ModelConfig
+from whimbrel.model.presets import preset
+
+NANO_12B, NANO_9B = preset("nemotron-nano-12b-v2"), preset("nemotron-nano-9b-v2")
+
+
+def alignment(child: str, parent: str) -> tuple[int, ...]:
+    """Places of the parent's pattern that spell the child's."""
+    places, at = [], 0
+    for letter in child:
+        at = parent.index(letter, at)
+        places.append(at)
+        at += 1
+    return tuple(places)
+
+
+def test_the_9b_is_among_the_candidates_of_the_12b() -> None:
+    """Nemotron Nano 2 (arXiv 2508.14444, section 4): 19.66 GiB, 131,072 tokens, bfloat16. Nothing is built."""
+    stay = {62: tuple(range(62)), 56: alignment(NANO_9B.pattern, NANO_12B.pattern)}
+    axes = Axes(layers=(62, 56), hidden_size=(5120, 4800, 4480), intermediate_size=tuple(range(13440, 20481, 320)))
+    axes = replace(axes, mamba_num_heads=(128, 120, 112))
+    bound = Bound(memory=int(19.66 * 2**30), context=131072)
+    found = candidates(NANO_12B, stay, axes, bound)
+    assert NANO_9B in [one.config for one in found]
+    assert 50 < len(found) < 2 * 3 * 23 * 3
+    for one in found:
+        made = plan(one.config, memory=bound.memory, context=131072)
+        assert (one.bytes, one.parameters) == (made.total_bytes, count.total(one.config))
+        assert made.fits
+    wide = [one for one in found if len(one.layers) == 56 and one.config.hidden_size == 5120]
+    assert wide and max(one.config.intermediate_size for one in wide) < 20480  # full width does not fit
+    coarse = replace(axes, intermediate_size=(13440, 15680, 17920, 20480))
+    assert NANO_9B in [one.config for one in largest(candidates(NANO_12B, stay, coarse, bound))]
+
+
+def test_the_largest_are_those_that_nothing_fitting_contains() -> None:
+    found = candidates(HYBRID, depths(HYBRID, [Removal((2,), 0.9)]), Axes(layers=(7, 6)), Bound(parameters=6000))
+    best = largest(found)
+    assert 1 < len(best) < len(found)
+    for one in found:
+        above = [c for c in found if c is not one and all(a >= b for a, b in zip(c.shape, one.shape, strict=True))]
+        assert (one in best) == (not above)
+
+
+def test_grids_end_where_they_should() -> None:
+    values = Axes().values(HYBRID)
+    assert values["layers"] == (7, 6, 5)
+    assert values["hidden_size"][0] == 24 and values["hidden_size"][-1] == 12
+    assert values["mamba_num_heads"] == (6, 4, 2)  # whole heads for each of two groups
+    assert [values[name] for name in ("mamba_head_dim", "num_key_value_heads")] == [(5,), (3,)]
+    assert Axes().values(LLAMA)["layers"] == (6, 4)
+    assert Axes().values(LLAMA)["mamba_num_heads"] == (6,)
+    shallow = replace(HYBRID, pattern="M*-")
+    assert Axes().values(shallow)["layers"] == (3,)
+
+
+def test_query_heads_follow_their_keys() -> None:
+    def heads(**axes: tuple[int, ...]) -> list[tuple[int, int]]:
+        only = Axes(layers=(7,), hidden_size=(24,), intermediate_size=(20,), mamba_num_heads=(6,), **axes)
+        found = candidates(HYBRID, depths(HYBRID, ()), only, Bound())
+        return sorted((one.config.num_attention_heads, one.config.num_key_value_heads) for one in found)
+
+    assert heads(num_key_value_heads=(3, 2)) == [(4, 2), (6, 3)]
+    assert heads(num_key_value_heads=(3, 2), num_attention_heads=(6, 4, 3, 2)) == [(2, 2), (3, 3), (4, 2), (6, 3)]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (Axes(hidden_size=(25,)), "axes.hidden_size has 25; set it to multiples of 1 from 1 to the parent's 24"),
+        (Axes(mamba_num_heads=(3,)), "axes.mamba_num_heads has 3; set it to multiples of 2 from 2"),
+        (Axes(layers=(2,)), "axes.layers has 2; set it to multiples of 1 from 3"),
+    ],
+)
+def test_values_no_cut_can_give(axes: Axes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        axes.values(HYBRID)
+    with pytest.raises(UserError, match="axes.layers has 3; set it to multiples of 2 from 2 to the parent's 6"):
+        Axes(layers=(3,)).values(LLAMA)
+
+
+def test_nothing_fits_names_a_memory_that_would() -> None:
+    stay = depths(NANO_12B, ())
+    axes = Axes(layers=(62,))
+    with pytest.raises(UserError, match=r"nothing fits: .* set memory to \d+MiB, or give smaller values") as error:
+        candidates(NANO_12B, stay, axes, Bound(memory=4 * 2**30, context=131072))
+    works = int(str(error.value).partition("memory to ")[2].partition("MiB")[0]) * 2**20
+    assert candidates(NANO_12B, stay, axes, Bound(memory=works, context=131072))
+    with pytest.raises(UserError):
+        candidates(NANO_12B, stay, axes, Bound(memory=works - 2**20, context=131072))
+    with pytest.raises(UserError, match=r"share to 0\.\d+") as error:
+        candidates(NANO_12B, stay, axes, Bound(parameters=count.total(NANO_12B) // 100))
+    share = float(str(error.value).partition("share to ")[2].partition(",")[0])
+    assert candidates(NANO_12B, stay, axes, Bound(parameters=int(share * count.total(NANO_12B))))
+
+
+def test_what_is_kept_is_a_product_of_shares() -> None:
+    model, gone = net(HYBRID), (Removal((1,), 0.5), Removal((4,), 0.25))
+    found = Importance(*measure(model, rows(HYBRID, 2)), gone)
+    stay = depths(HYBRID, gone)
+    assert stay == {7: (0, 1, 2, 3, 4, 5, 6), 6: (0, 2, 3, 4, 5, 6), 5: (0, 2, 3, 5, 6)}
+
+    def one(layers: int, **shape: int) -> Candidate:
+        config = replace(HYBRID, pattern="".join(HYBRID.pattern[i] for i in stay[layers]), **shape)
+        return Candidate(config, stay[layers], 0, 0)
+
+    assert [kept(found, HYBRID, one(layers)) for layers in (7, 6, 5)] == pytest.approx([1, 0.5, 0.25])
+    scores = found.channels_D.sort(descending=True).values
+    assert kept(found, HYBRID, one(6, hidden_size=9)) == pytest.approx(0.5 * float(scores[:9].sum() / scores.sum()))
+    best = [found.units[i].sort(descending=True).values for i in (1, 4, 6)]
+    share = sum(float(scores[:7].sum() / scores.sum()) for scores in best) / 3
+    assert kept(found, HYBRID, one(7, intermediate_size=7)) == pytest.approx(share)
+
+
+def chosen(losses: dict[tuple[int, int], tuple[float, float]], scored: int, finalists: int) -> tuple[Candidate, list]:
+    """Choose among candidates (layers, width) with these losses after the cut and after a trial."""
+    calls = []
+    some = []
+    for layers, width in losses:
+        config = ModelConfig(pattern="-" * layers, vocab_size=2, hidden_size=width, intermediate_size=1)
+        some.append(Candidate(config, tuple(range(layers)), 0, 0, kept=width / 10))
+
+    def look(place: int):
+        def loss(one: Candidate) -> float:
+            calls.append(("cut", "trial")[place] + f" {len(one.layers)} {one.config.hidden_size}")
+            return losses[len(one.layers), one.config.hidden_size][place]
+
+        return loss
+
+    return choose(some, scored, finalists, look(0), look(1)), calls
+
+
+def test_depth_first_then_width() -> None:
+    """The best of each depth are tried; then the next ones of the better depth alone, and none twice."""
+    losses = {(4, 5): (1.0, 0.9), (4, 4): (1.1, 0.1), (3, 9): (2.0, 0.5), (3, 8): (1.5, 0.6), (3, 7): (1.6, 0.4), (3, 6): (9, 0)}
+    order, calls = chosen(losses, 6, 2)
+    assert calls[:5] == ["cut 3 9", "cut 3 8", "cut 3 7", "cut 4 5", "cut 4 4"]  # 6 / 2 depths, those that keep most
+    assert calls[5:] == ["trial 3 8", "trial 4 5", "trial 3 7"]
+    assert (len(order[0].layers), order[0].config.hidden_size) == (3, 7)
+    assert [math.isnan(one.trial_loss) for one in order] == [False] * 3 + [True] * 3
+    assert [one.cut_loss for one in order[3:5]] == [1.1, 2.0] and math.isnan(order[5].cut_loss)
+    assert len(table(order)) == 7
+
+
+def test_a_single_finalist_is_not_tried() -> None:
+    order, calls = chosen({(4, 5): (1.0, 0.9), (4, 4): (0.5, 9.0)}, 6, 1)
+    assert (order[0].config.hidden_size, len(calls)) == (4, 2)
+
+
+def test_less_of_an_axis_keeps_less() -> None:
+    found = Importance(*measure(net(HYBRID), rows(HYBRID, 2)))
+    some = candidates(HYBRID, depths(HYBRID, ()), Axes(layers=(7,), mamba_head_dim=(5, 3)), Bound())
+    shares = {one.shape: kept(found, HYBRID, one) for one in some}
+    assert shares[some[0].shape] == pytest.approx(1)
+    for shape, share in shares.items():
+        inside = [other for other in shares if other != shape and all(a <= b for a, b in zip(other, shape, strict=True))]
+        assert all(shares[other] < share for other in inside)
