@@ -11,7 +11,7 @@ from small_nets import HYBRID, LLAMA, NETS, net, rows
 from torch import Tensor
 
 from whimbrel import ops
-from whimbrel.compress.importance import blocks, measure, removals
+from whimbrel.compress.importance import blocks, depths, measure
 from whimbrel.compress.prune import cut
 from whimbrel.data.pack import Batch
 from whimbrel.model.config import ModelConfig
@@ -30,7 +30,8 @@ def test_by_hand() -> None:
             norm.weight.copy_(torch.tensor([1.0, -1.0]))
         model.layers[0].mixer.up_proj.weight[1, 1] = -1.0
     both, first = (Batch(np.array(ids), np.full(len(ids), -100), (1,) * len(ids), 0) for ids in ([0, 1], [0]))
-    channels_D, units = measure(model, [both, first])
+    found = measure(model, [both, first])
+    channels_D, units = found.channels_D, found.units
     assert units[0].tolist() == pytest.approx([(0.36**2 + 0.72**2) ** 0.5, (1.64**2 + 1.28**2) ** 0.5])
     low, high = 0.72**0.5, 1.28**0.5
     one = [(low / 2) ** 2 + low**2, ((high + 2**0.5) / 2) ** 2 + high**2]
@@ -70,13 +71,13 @@ def test_the_definition(name: str) -> None:
     model, batches = net(NETS[name]), rows(NETS[name], 3)
     with torch.no_grad():
         channels_D, units = written_out(model, batches)
-    found_D, found = measure(model, batches)
-    torch.testing.assert_close(found_D, channels_D, rtol=1e-10, atol=0)
-    assert found.keys() == units.keys()
+    found = measure(model, batches)
+    torch.testing.assert_close(found.channels_D, channels_D, rtol=1e-10, atol=0)
+    assert found.units.keys() == units.keys()
     for layer, scores in units.items():
-        torch.testing.assert_close(found[layer].flatten(), scores, rtol=1e-10, atol=0)
+        torch.testing.assert_close(found.units[layer].flatten(), scores, rtol=1e-10, atol=0)
     if "M" in NETS[name].pattern:
-        assert found[0].shape == (6, 5)
+        assert found.units[0].shape == (6, 5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -99,17 +100,20 @@ def test_layers_go_by_the_error_of_the_logits(config: ModelConfig) -> None:
                 total += float((got - logits_TV).square().sum())
             return total
 
-        left = list(range(config.layers))
-        for removal in removals(model, batches, config.layers - 2 * step):
+        left, told = list(range(config.layers)), []
+        stay = depths(model, batches, config.layers - 2 * step, report=told.append)
+        assert list(stay) == [config.layers, config.layers - step, config.layers - 2 * step]
+        power = sum(float(logits.square().sum()) for logits in whole)
+        for line in told:
             options = {}
             for block in (tuple(left[i : i + step]) for i in range(0, len(left), step)):
                 rest = [layer for layer in left if layer not in block]
                 if {config.pattern[i] for i in rest} == set(config.pattern):
                     options[block] = error(rest)
-            assert removal.layers == min(options, key=options.__getitem__)
-            power = sum(float(logits.square().sum()) for logits in whole)
-            assert removal.kept == pytest.approx(power / (power + options[removal.layers]), rel=1e-4)  # float32 energy
-            left = [layer for layer in left if layer not in removal.layers]
+            gone = min(options, key=options.__getitem__)
+            left = [layer for layer in left if layer not in gone]
+            assert stay[len(left)] == tuple(left)
+            assert line["text"].endswith(f"matters least: {options[gone] / power:.2%}")
 
 
 def test_one_look_takes_those_that_turn_the_stream_least() -> None:
@@ -124,13 +128,13 @@ def test_one_look_takes_those_that_turn_the_stream_least() -> None:
                 turns[place] += float((1 - cosine_T).sum())
                 x_TD = y_TD
     free = sorted((place for place in range(HYBRID.layers) if HYBRID.pattern[place] != "*"), key=turns.__getitem__)
-    found = removals(model, batches, HYBRID.layers - 2, "cosine")
-    assert [removal.layers for removal in found] == [(place,) for place in free[:2]]
-    assert found[1].kept == pytest.approx(1 - (turns[free[0]] + turns[free[1]]) / sum(turns))
+    stay = depths(model, batches, HYBRID.layers - 2, "cosine")
+    assert stay[6] == tuple(i for i in range(7) if i != free[0])
+    assert stay[5] == tuple(i for i in range(7) if i not in free[:2])
 
 
 def test_one_layer_of_each_letter_stays() -> None:
-    gone = removals(net(HYBRID), rows(HYBRID, 1), 3)
-    left = [i for i in range(HYBRID.layers) if all(i not in removal.layers for removal in gone)]
-    assert sorted(HYBRID.pattern[i] for i in left) == ["*", "-", "M"]
+    stay = depths(net(HYBRID), rows(HYBRID, 1), 3)
+    assert sorted(HYBRID.pattern[i] for i in stay[3]) == ["*", "-", "M"]
     assert blocks(LLAMA) == [(0, 1), (2, 3), (4, 5)]
+    assert depths(net(LLAMA), rows(LLAMA, 1), 6) == {6: (0, 1, 2, 3, 4, 5)}

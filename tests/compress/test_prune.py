@@ -34,7 +34,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @BY_NAME
 def test_the_cut_of_nothing_is_the_same_bits(name: str) -> None:
     model = net(NETS[name], dtype=torch.float32)
-    found = Importance(*measure(model, rows(model.config, 2)))
+    found = measure(model, rows(model.config, 2))
     for units in (everything(model.config), select(found, model.config, model.config, range(model.config.layers))):
         child = cut(model, units, model.config)
         before, after = model.state_dict(), child.state_dict()
@@ -84,7 +84,10 @@ def silenced(model: LanguageModel, places: dict[str, torch.Tensor], dim: int) ->
 @BY_NAME
 def test_cut_neurons_and_query_heads_are_silent_ones(name: str) -> None:
     model, config = net(NETS[name]), NETS[name]
-    for axis, part, numbers in (("intermediate_size", "down_proj.weight", [0, 7, 11]), ("", "o_proj.weight", [0, 3, 4])):
+    for axis, part, numbers in (
+        ("intermediate_size", "down_proj.weight", [0, 7, 11]),
+        ("", "o_proj.weight", [0, 3, 4]),
+    ):
         units, gone = everything(config), torch.tensor(numbers)
         for layer, letter in enumerate(config.pattern):
             if letter == "-" and axis:
@@ -135,7 +138,9 @@ def test_cut_channels_are_silent_ones() -> None:
 
 
 def test_the_best_stay_and_every_group_keeps_as_many() -> None:
-    found = Importance(torch.arange(24.0), {0: torch.zeros(6, 5), 1: torch.arange(20.0), 3: torch.tensor([9.0, 1, 3, 4, 8, 8])})
+    found = Importance(
+        torch.arange(24.0), {0: torch.zeros(6, 5), 1: torch.arange(20.0), 3: torch.tensor([9.0, 1, 3, 4, 8, 8])}
+    )
     found.units[0][:3] = torch.tensor([[0.0, 5, 1, 1, 0], [0, 1, 1, 9, 0], [0, 3, 2, 2, 0]])
     found.units[0][3:] = 100 * torch.tensor([[0.0, 1, 1, 1, 0], [0, 3, 1, 2, 0], [0, 2, 1, 2, 0]])
     child = replace(HYBRID, pattern="M-*", hidden_size=22, intermediate_size=2, mamba_num_heads=4, mamba_head_dim=2)
@@ -163,10 +168,12 @@ def smaller(config: ModelConfig) -> tuple[ModelConfig, tuple[int, ...]]:
 @BY_NAME
 def test_planned_built_saved_loaded(name: str, tmp_path: Path) -> None:
     model, (planned, layers) = net(NETS[name], dtype=torch.float32), smaller(NETS[name])
-    found = Importance(*measure(model, rows(model.config, 2)))
+    found = measure(model, rows(model.config, 2))
     child = cut(model, select(found, model.config, planned, layers), planned)
     assert child.config == planned
-    assert {n: p.shape for n, p in child.named_parameters()} == {n: p.shape for n, p in LanguageModel(planned).named_parameters()}
+    assert {n: p.shape for n, p in child.named_parameters()} == {
+        n: p.shape for n, p in LanguageModel(planned).named_parameters()
+    }
     assert sum(p.numel() for p in child.parameters()) == count.total(planned) < count.total(model.config)
     child.save(tmp_path / "child")
     prove(child, tmp_path / "child")
@@ -179,6 +186,6 @@ def test_planned_built_saved_loaded(name: str, tmp_path: Path) -> None:
 
 def test_a_plan_that_does_not_fit_the_units_is_not_built() -> None:
     model, (planned, layers) = net(HYBRID), smaller(HYBRID)
-    units = select(Importance(*measure(model, rows(HYBRID, 1))), HYBRID, planned, layers)
+    units = select(measure(model, rows(HYBRID, 1)), HYBRID, planned, layers)
     with pytest.raises(RuntimeError, match="size mismatch"):
         cut(model, units, replace(planned, intermediate_size=13))

@@ -6,16 +6,16 @@ import math
 from dataclasses import replace
 
 import pytest
-from small_nets import HYBRID, LLAMA, net, rows
+from small_nets import HYBRID, LLAMA
 
-from whimbrel.compress.importance import Importance, Removal, measure
-from whimbrel.compress.search import Axes, Bound, Candidate, candidates, choose, depths, kept, largest, table
+from whimbrel.compress.search import Axes, Bound, Candidate, candidates, choose, estimated, largest, table
 from whimbrel.engine.plan import plan
 from whimbrel.errors import UserError
 from whimbrel.model import count
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.presets import preset
 
+ALL = tuple(range(7))
 NANO_12B, NANO_9B = preset("nemotron-nano-12b-v2"), preset("nemotron-nano-9b-v2")
 
 
@@ -49,7 +49,7 @@ def test_the_9b_is_among_the_candidates_of_the_12b() -> None:
 
 
 def test_the_largest_are_those_that_nothing_fitting_contains() -> None:
-    found = candidates(HYBRID, depths(HYBRID, [Removal((2,), 0.9)]), Axes(layers=(7, 6)), Bound(parameters=6000))
+    found = candidates(HYBRID, {7: ALL, 6: (0, 1, 3, 4, 5, 6)}, Axes(layers=(7, 6)), Bound(parameters=6000))
     best = largest(found)
     assert 1 < len(best) < len(found)
     for one in found:
@@ -72,7 +72,7 @@ def test_grids_end_where_they_should() -> None:
 def test_query_heads_follow_their_keys() -> None:
     def heads(**axes: tuple[int, ...]) -> list[tuple[int, int]]:
         only = Axes(layers=(7,), hidden_size=(24,), intermediate_size=(20,), mamba_num_heads=(6,), **axes)
-        found = candidates(HYBRID, depths(HYBRID, ()), only, Bound())
+        found = candidates(HYBRID, {7: ALL}, only, Bound())
         return sorted((one.config.num_attention_heads, one.config.num_key_value_heads) for one in found)
 
     assert heads(num_key_value_heads=(3, 2)) == [(4, 2), (6, 3)]
@@ -90,12 +90,12 @@ def test_query_heads_follow_their_keys() -> None:
 def test_values_no_cut_can_give(axes: Axes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         axes.values(HYBRID)
-    with pytest.raises(UserError, match="axes.layers has 3; set it to multiples of 2 from 2 to the parent's 6"):
+    with pytest.raises(UserError, match=r"axes\.layers has 3; set it to multiples of 2 from 2 to the parent's 6"):
         Axes(layers=(3,)).values(LLAMA)
 
 
 def test_nothing_fits_names_a_memory_that_would() -> None:
-    stay = depths(NANO_12B, ())
+    stay = {62: tuple(range(62))}
     axes = Axes(layers=(62,))
     with pytest.raises(UserError, match=r"nothing fits: .* set memory to \d+MiB, or give smaller values") as error:
         candidates(NANO_12B, stay, axes, Bound(memory=4 * 2**30, context=131072))
@@ -109,22 +109,24 @@ def test_nothing_fits_names_a_memory_that_would() -> None:
     assert candidates(NANO_12B, stay, axes, Bound(parameters=int(share * count.total(NANO_12B))))
 
 
-def test_what_is_kept_is_a_product_of_shares() -> None:
-    model, gone = net(HYBRID), (Removal((1,), 0.5), Removal((4,), 0.25))
-    found = Importance(*measure(model, rows(HYBRID, 2)), gone)
-    stay = depths(HYBRID, gone)
-    assert stay == {7: (0, 1, 2, 3, 4, 5, 6), 6: (0, 2, 3, 4, 5, 6), 5: (0, 2, 3, 5, 6)}
+def test_an_estimate_adds_what_each_axis_alone_costs() -> None:
+    """Every axis is looked at once a value; query heads go with their keys."""
+    seen = []
 
-    def one(layers: int, **shape: int) -> Candidate:
-        config = replace(HYBRID, pattern="".join(HYBRID.pattern[i] for i in stay[layers]), **shape)
-        return Candidate(config, stay[layers], 0, 0)
+    def loss(config: ModelConfig, layers: tuple[int, ...]) -> float:
+        seen.append(config)
+        assert "".join(HYBRID.pattern[i] for i in layers) == config.pattern
+        assert not config.num_attention_heads % config.num_key_value_heads
+        cuts = (7 - config.layers, 24 - config.hidden_size, 6 - config.num_attention_heads, 6 - config.mamba_num_heads)
+        return 3.0 + sum(cut * weight for cut, weight in zip(cuts, (1000, 100, 10, 1), strict=True))
 
-    assert [kept(found, HYBRID, one(layers)) for layers in (7, 6, 5)] == pytest.approx([1, 0.5, 0.25])
-    scores = found.channels_D.sort(descending=True).values
-    assert kept(found, HYBRID, one(6, hidden_size=9)) == pytest.approx(0.5 * float(scores[:9].sum() / scores.sum()))
-    best = [found.units[i].sort(descending=True).values for i in (1, 4, 6)]
-    share = sum(float(scores[:7].sum() / scores.sum()) for scores in best) / 3
-    assert kept(found, HYBRID, one(7, intermediate_size=7)) == pytest.approx(share)
+    axes = Axes(layers=(7, 6), hidden_size=(24, 20), intermediate_size=(20,), num_key_value_heads=(3, 1))
+    found = candidates(HYBRID, {7: ALL, 6: (0, 1, 3, 4, 5, 6)}, axes, Bound())
+    made = estimated(HYBRID, found, loss)
+    assert len(made) == len(found) == 2 * 2 * 2 * 3
+    assert len(seen) == len(set(seen)) == 1 + 1 + 1 + 1 + 2
+    assert [one.estimate for one in made] == [loss(one.config, one.layers) for one in made]
+    assert made[0].estimate == 3.0 < made[1].estimate < made[-1].estimate
 
 
 def chosen(losses: dict[tuple[int, int], tuple[float, float]], scored: int, finalists: int) -> tuple[Candidate, list]:
@@ -133,7 +135,7 @@ def chosen(losses: dict[tuple[int, int], tuple[float, float]], scored: int, fina
     some = []
     for layers, width in losses:
         config = ModelConfig(pattern="-" * layers, vocab_size=2, hidden_size=width, intermediate_size=1)
-        some.append(Candidate(config, tuple(range(layers)), 0, 0, kept=width / 10))
+        some.append(Candidate(config, tuple(range(layers)), 0, 0, estimate=-width))
 
     def look(place: int):
         def loss(one: Candidate) -> float:
@@ -147,9 +149,16 @@ def chosen(losses: dict[tuple[int, int], tuple[float, float]], scored: int, fina
 
 def test_depth_first_then_width() -> None:
     """The best of each depth are tried; then the next ones of the better depth alone, and none twice."""
-    losses = {(4, 5): (1.0, 0.9), (4, 4): (1.1, 0.1), (3, 9): (2.0, 0.5), (3, 8): (1.5, 0.6), (3, 7): (1.6, 0.4), (3, 6): (9, 0)}
+    losses = {
+        (4, 5): (1.0, 0.9),
+        (4, 4): (1.1, 0.1),
+        (3, 9): (2.0, 0.5),
+        (3, 8): (1.5, 0.6),
+        (3, 7): (1.6, 0.4),
+        (3, 6): (9, 0),
+    }
     order, calls = chosen(losses, 6, 2)
-    assert calls[:5] == ["cut 3 9", "cut 3 8", "cut 3 7", "cut 4 5", "cut 4 4"]  # 6 / 2 depths, those that keep most
+    assert calls[:5] == ["cut 3 9", "cut 3 8", "cut 3 7", "cut 4 5", "cut 4 4"]  # 6 / 2 depths, those of least estimate
     assert calls[5:] == ["trial 3 8", "trial 4 5", "trial 3 7"]
     assert (len(order[0].layers), order[0].config.hidden_size) == (3, 7)
     assert [math.isnan(one.trial_loss) for one in order] == [False] * 3 + [True] * 3
@@ -160,13 +169,3 @@ def test_depth_first_then_width() -> None:
 def test_a_single_finalist_is_not_tried() -> None:
     order, calls = chosen({(4, 5): (1.0, 0.9), (4, 4): (0.5, 9.0)}, 6, 1)
     assert (order[0].config.hidden_size, len(calls)) == (4, 2)
-
-
-def test_less_of_an_axis_keeps_less() -> None:
-    found = Importance(*measure(net(HYBRID), rows(HYBRID, 2)))
-    some = candidates(HYBRID, depths(HYBRID, ()), Axes(layers=(7,), mamba_head_dim=(5, 3)), Bound())
-    shares = {one.shape: kept(found, HYBRID, one) for one in some}
-    assert shares[some[0].shape] == pytest.approx(1)
-    for shape, share in shares.items():
-        inside = [other for other in shares if other != shape and all(a <= b for a, b in zip(other, shape, strict=True))]
-        assert all(shares[other] < share for other in inside)

@@ -27,15 +27,6 @@ DEPTH_SCORES = ("mse", "cosine")
 
 
 @dataclass(frozen=True)
-class Removal:
-    """The next layers to go, and what is left of the network's work when they and all before them are gone."""
-
-    layers: tuple[int, ...]
-    kept: float
-    """Share in (0, 1]: power / (power + error) of the logits, or what is left of all layers' influence."""
-
-
-@dataclass(frozen=True)
 class Importance:
     """Scores of the units of every axis; they are compared inside an axis alone."""
 
@@ -44,17 +35,16 @@ class Importance:
     units: Mapping[int, Tensor]
     """By layer. `-`: [F], of what enters the second projection. `M`: [H, P], of the x that leaves the first one. `*`:
     [H], of the norms of what enters the last one."""
-    removals: tuple[Removal, ...] = ()
-    """Layers in the order in which they go."""
 
 
 @torch.no_grad()
-def measure(model: LanguageModel, samples: Sequence[Batch]) -> tuple[Tensor, dict[int, Tensor]]:
-    """`channels_D` and `units` of an `Importance`; each batch is one sample."""
+def measure(model: LanguageModel, samples: Sequence[Batch]) -> Importance:
+    """Scores from rows; each batch is one sample."""
     squares: dict[tuple[str, int], Tensor] = {}
 
     def note(key: tuple[str, int], x_TU: Tensor) -> None:
-        squares[key] = squares.get(key, torch.zeros(())) + x_TU.abs().mean(0, dtype=torch.float64).square().cpu()
+        mean_U = x_TU.abs().mean(0, dtype=torch.float64).cpu()
+        squares[key] = squares.get(key, torch.zeros(())) + mean_U.square()
 
     with ExitStack() as stack:
         for handle in _taps(model, note):
@@ -66,7 +56,7 @@ def measure(model: LanguageModel, samples: Sequence[Batch]) -> tuple[Tensor, dic
     units = {layer: score for (kind, layer), score in scores.items() if kind == "mixer"}
     for layer in config.indices(MAMBA):
         units[layer] = units[layer].unflatten(0, (config.mamba_num_heads, config.mamba_head_dim))
-    return torch.stack([score for (kind, _), score in scores.items() if kind == "norm"]).sum(0), units
+    return Importance(torch.stack([score for (kind, _), score in scores.items() if kind == "norm"]).sum(0), units)
 
 
 def _taps(model: LanguageModel, note: Callable[[tuple[str, int], Tensor], None]) -> Iterator[Any]:
@@ -104,30 +94,30 @@ def blocks(config: ModelConfig) -> list[tuple[int, ...]]:
 
 
 @torch.no_grad()
-def removals(
-    model: LanguageModel, samples: Sequence[Batch], layers: int, score: str = "mse", report: Report = silent
-) -> tuple[Removal, ...]:
-    """The order in which to take layers out, until `layers` are left; the last layer of a letter always stays.
+def depths(
+    model: LanguageModel, samples: Sequence[Batch], least: int, score: str = "mse", report: Report = silent
+) -> dict[int, tuple[int, ...]]:
+    """The layers that stay, by their number, from all down to `least`; one of each letter always does.
 
-    `mse`: take out the one without which the logits move least from the whole network's, and look again (Nemotron
+    `mse`: the layer goes without which the logits move least from the whole network's, then one looks again (Nemotron
     Nano 2, arXiv 2508.14444, section 4.1). `cosine`: those that turn the stream least, 1 - cos(in, out), from one look
-    (Minitron's block influence)."""
+    (Minitron's block influence).
+    """
     config, left = model.config, blocks(model.config)
     turns = _turns(model, samples, left) if score == "cosine" else {}
     whole, gram_DD = [hidden(model, sample) for sample in samples], _gram(model)
-    power = sum(_energy(h_TD, gram_DD) for h_TD in whole)
-    order: list[Removal] = []
-    while sum(map(len, left)) > layers:
-        pattern = "".join(config.pattern[i] for block in left for i in block)
+    power = sum(turns.values()) or sum(_energy(h_TD, gram_DD) for h_TD in whole)
+    stay = {config.layers: tuple(range(config.layers))}
+    while min(stay) > least:
+        pattern = "".join(config.pattern[i] for i in stay[min(stay)])
         free = [block for block in left if all(pattern.count(config.pattern[i]) > 1 for i in block)]
         errors = turns or _errors(model, samples, whole, left, gram_DD)
-        block = min(free, key=errors.__getitem__)
-        left.remove(block)
-        rest = sum(turns[b] for b in left) / sum(turns.values()) if turns else power / (power + errors[block])
-        order.append(Removal(block, rest))
-        letters = "".join(config.pattern[i] for i in block)
-        report({"event": "log", "text": f"layer {block[0]} ({letters}) goes {len(order)}., {rest:.2%} is left"})
-    return tuple(order)
+        gone = min(free, key=errors.__getitem__)
+        left.remove(gone)
+        stay[min(stay) - len(gone)] = tuple(layer for block in left for layer in block)
+        kind, share = "".join(config.pattern[i] for i in gone), errors[gone] / power
+        report({"event": "log", "text": f"of {len(pattern)} layers {gone[0]} ({kind}) matters least: {share:.2%}"})
+    return stay
 
 
 def _gram(model: LanguageModel) -> Tensor:

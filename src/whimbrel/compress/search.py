@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 
-from whimbrel.compress.importance import Importance, Removal, blocks
-from whimbrel.compress.prune import select
+from whimbrel.compress.importance import blocks
 from whimbrel.engine.plan import serving_bytes
 from whimbrel.errors import UserError
 from whimbrel.model import count
@@ -29,6 +28,16 @@ OF_LETTER = {
     "num_key_value_heads": ATTENTION,
     "num_attention_heads": ATTENTION,
 }
+
+
+PARTS = (
+    ("hidden_size",),
+    ("intermediate_size",),
+    ("mamba_num_heads",),
+    ("mamba_head_dim",),
+    ("num_key_value_heads", "num_attention_heads"),
+)
+"""Widths that can be cut alone."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,6 @@ def _grid(most: int, step: int, least: float) -> tuple[int, ...]:
     return tuple({step * max(1, most // step * n // 16) for n in range(math.ceil(16 * least), 17)})
 
 
-def depths(parent: ModelConfig, removals: Sequence[Removal]) -> dict[int, tuple[int, ...]]:
-    """The layers that stay, by their number."""
-    found = {parent.layers: tuple(range(parent.layers))}
-    for removal in removals:
-        stay = tuple(layer for layer in found[min(found)] if layer not in removal.layers)
-        found[len(stay)] = stay
-    return found
-
-
 @dataclass(frozen=True)
 class Bound:
     """What a child may take: bytes while it serves `batch` sequences of `context` tokens, and parameters."""
@@ -108,8 +108,8 @@ class Candidate:
     parameters: int
     bytes: int
     """While serving at the bound's context."""
-    kept: float = math.nan
-    """Product over the axes of the share of importance that is kept: an order in which to look, no more."""
+    estimate: float = math.nan
+    """The parent's loss and what each axis, cut alone, adds to it: the order in which to look."""
     cut_loss: float = math.nan
     """Right after the cut."""
     trial_loss: float = math.nan
@@ -127,7 +127,7 @@ class Candidate:
 
 
 def candidates(parent: ModelConfig, stay: Mapping[int, tuple[int, ...]], axes: Axes, bound: Bound) -> list[Candidate]:
-    """Every shape of the grid that the bound holds, the largest first. `stay`: what `depths` gives.
+    """Every shape of the grid that the bound holds, the largest first. `stay`: what `importance.depths` gives.
 
     Raises `UserError` with the memory or share that would do if there is none.
     """
@@ -173,19 +173,21 @@ def largest(found: Sequence[Candidate]) -> list[Candidate]:
     return kept
 
 
-def kept(importance: Importance, parent: ModelConfig, one: Candidate) -> float:
-    """Product of the shares of importance kept: of the channels, of each kind of layer's units, of the layers."""
-    units = select(importance, parent, one.config, one.layers)
-    product_ = float(importance.channels_D[units.channels_D].sum() / importance.channels_D.sum())
-    for letter in set(one.config.pattern):
-        shares = []
-        for layer in (layer for layer in one.layers if parent.pattern[layer] == letter):
-            scores, inside = importance.units[layer], units.inside[layer]
-            stays = scores[inside[0]][:, inside[1]] if letter == MAMBA else scores[inside[-1]]
-            shares.append(float(stays.sum() / scores.sum()))
-        product_ *= sum(shares) / len(shares)
-    gone = {layer for layer in range(parent.layers) if layer not in one.layers}
-    return product_ * min([r.kept for r in importance.removals if gone.issuperset(r.layers)], default=1.0)
+def estimated(
+    parent: ModelConfig, found: Sequence[Candidate], loss: Callable[[ModelConfig, tuple[int, ...]], float]
+) -> list[Candidate]:
+    """Candidates with their estimates, the least first. `loss`: of the child of a shape with these layers."""
+    known: dict[ModelConfig, float] = {}
+    everything = tuple(range(parent.layers))
+    made = []
+    for one in found:
+        alone = [(replace(parent, pattern=one.config.pattern), one.layers)]
+        alone += [(replace(parent, **{name: getattr(one.config, name) for name in part}), everything) for part in PARTS]
+        for config, layers in [(parent, everything), *alone]:
+            if config not in known:
+                known[config] = loss(config, layers)
+        made.append(replace(one, estimate=known[parent] + sum(known[config] - known[parent] for config, _ in alone)))
+    return sorted(made, key=lambda one: one.estimate)
 
 
 def choose(
@@ -197,12 +199,12 @@ def choose(
 ) -> list[Candidate]:
     """The candidates with what was found out about them, the chosen one first.
 
-    Of every depth the `scored / depths` that keep most are cut and scored. The best of each depth are tried, which
+    Of every depth the `scored / depths` of least estimate are cut and scored. The best of each depth are tried, which
     settles the depth; then the next of that depth, `finalists` with the first. 1 finalist of one depth is not tried.
     """
     seen = {one.name: one for one in found}
     field: dict[int, list[Candidate]] = {}
-    for one in sorted(found, key=lambda one: -one.kept):
+    for one in sorted(found, key=lambda one: one.estimate):
         field.setdefault(len(one.layers), []).append(one)
     for depth, some in field.items():
         looked = [replace(one, cut_loss=cut_loss(one)) for one in some[: -(-scored // len(field))]]
@@ -224,16 +226,16 @@ def choose(
 
 def _order(one: Candidate) -> tuple[float, ...]:
     """Tried before scored before not looked at; the better first."""
-    return tuple(math.inf if math.isnan(x) else x for x in (one.trial_loss, one.cut_loss, -one.kept))
+    return tuple(math.inf if math.isnan(x) else x for x in (one.trial_loss, one.cut_loss, one.estimate))
 
 
 def table(found: Sequence[Candidate]) -> list[str]:
     """Candidates for people, one line each."""
     heads = ("layers", "width", "feed-fwd", "M heads", "M width", "kv heads", "heads")
-    tail = ("parameters", "memory", "kept", "cut loss", "trial loss")
+    tail = ("parameters", "memory", "estimate", "cut loss", "trial loss")
     lines = ["  ".join([*(f"{head:>8}" for head in heads), *(f"{head:>10}" for head in tail)])]
     for one in found:
-        losses = ("-" if math.isnan(x) else f"{x:.3f}" for x in (one.cut_loss, one.trial_loss))
-        told = (format_count(one.parameters), format_bytes(one.bytes), f"{one.kept:.1%}", *losses)
+        losses = ("-" if math.isnan(x) else f"{x:.3f}" for x in (one.estimate, one.cut_loss, one.trial_loss))
+        told = (format_count(one.parameters), format_bytes(one.bytes), *losses)
         lines.append("  ".join([*(f"{n:>8}" for n in one.shape), *(f"{word:>10}" for word in told)]))
     return lines

@@ -7,6 +7,7 @@ OUT/metrics.jsonl     distill: as pretrain writes it; validation_loss is cross-e
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from whimbrel.compress.distill import Distillation
-from whimbrel.compress.importance import DEPTH_SCORES, Importance, measure, removals
+from whimbrel.compress.importance import DEPTH_SCORES, depths, measure
 from whimbrel.compress.prune import cut, prove, select
-from whimbrel.compress.search import Axes, Bound, Candidate, candidates, choose, depths, kept, largest, table
+from whimbrel.compress.search import Axes, Bound, Candidate, candidates, choose, estimated, largest, table
+from whimbrel.data.pack import Batch
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report
 from whimbrel.files import atomic_write
 from whimbrel.model import count
 from whimbrel.model.checkpoint import save
+from whimbrel.model.config import ModelConfig
 from whimbrel.model.language import LanguageModel
 from whimbrel.train import threads
 from whimbrel.train.loop import TrainSettings, train
@@ -85,6 +88,12 @@ class CompressSettings(RowSettings):
                 raise UserError(f"{name} is {getattr(self, name)}; set {name} to 1 or more")
         count.dtype_bytes(self.dtype)
 
+    def bound(self, parent: ModelConfig) -> Bound:
+        """What a child of this parent may take."""
+        memory = None if self.memory is None else parse_bytes(self.memory)
+        parameters = None if self.share is None else int(self.share * count.total(parent))
+        return Bound(memory, self.context or parent.max_position_embeddings, self.batch, self.dtype, parameters)
+
 
 def model_folder(place: Path) -> Path:
     """The model in a stage's folder, or a model's own folder."""
@@ -100,32 +109,35 @@ def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Pa
     if validation is None:
         raise UserError(f"candidates are judged on held-out rows; set heldout to a shard of {inputs['tokens']}")
     held = [validation.batch(index) for index in range(trial.validate_batches)]
+    cuts = itertools.count(1)
 
     def loss(model: LanguageModel) -> float:
         return accumulate(model, CrossEntropy(), held, trial.precision_on(model.device), learn=False)[0]
 
-    def child(one: Candidate) -> LanguageModel:
-        return cut(parent, select(found, parent.config, one.config, one.layers), one.config)
+    def child(shape: ModelConfig, layers: Sequence[int]) -> LanguageModel:
+        return cut(parent, select(found, parent.config, shape, layers), shape)
+
+    def cut_loss(shape: ModelConfig, layers: Sequence[int]) -> float:
+        report({"event": "progress", "done": next(cuts), "total": None, "unit": "cuts scored", "text": ""})
+        return loss(child(shape, layers))
 
     def trial_loss(one: Candidate) -> float:
         report({"event": "log", "text": f"trial of {one.name}: {one.parameters:,} parameters, {one.cut_loss:.3f} now"})
-        figures = train(
-            trial,
-            Distillation(parent),
-            source,
-            validation,
-            child(one),
-            out / "trials" / one.name,
-            report,
-            CrossEntropy(),
-        )
+        student, place = child(one.config, one.layers), out / "trials" / one.name
+        figures = train(trial, Distillation(parent), source, validation, student, place, report, CrossEntropy())
         return float(figures["validation_loss"])
 
     trial = replace(trial, threads=threads.choose(trial.threads, None, lambda: loss(parent), report))
     with threads.using(trial.threads):
-        found, front = _field(settings, parent, inputs["tokens"], report)
-        front = choose(front, settings.scored, settings.finalists, lambda one: loss(child(one)), trial_loss)
-        winner = child(front[0])
+        samples = _samples(settings, inputs["tokens"])
+        least = min(settings.axes.values(parent.config)["layers"])
+        stay = depths(parent, samples, least, settings.depth_score, report)
+        fits = candidates(parent.config, stay, settings.axes, settings.bound(parent.config))
+        report({"event": "log", "text": f"{len(fits):,} shapes fit; those that no other contains are looked at"})
+        found = measure(parent, samples)
+        front = estimated(parent.config, largest(fits), cut_loss)
+        front = choose(front, settings.scored, settings.finalists, lambda c: cut_loss(c.config, c.layers), trial_loss)
+        winner = child(front[0].config, front[0].layers)
         figures = {"parent_loss": loss(parent), "cut_loss": loss(winner), "candidates": len(front)}
     _write(front, out, report)
     lineage = [f"cut out of {folder.name}, {count.total(parent.config):,} parameters in {parent.config.pattern}"]
@@ -137,27 +149,10 @@ def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Pa
     return sizes | figures | {"bytes": front[0].bytes}
 
 
-def _field(
-    settings: CompressSettings, parent: LanguageModel, tokens: Path, report: Report
-) -> tuple[Importance, list[Candidate]]:
-    """What the parent's parts are worth, and the candidates."""
-    config, limits = parent.config, settings.axes.values(parent.config)
+def _samples(settings: CompressSettings, tokens: Path) -> list[Batch]:
+    """Rows of the calibration set, one a sample."""
     rows = blend(replace(settings, batch_rows=1, train=TrainSettings(steps=settings.calibration)), tokens)
-    samples = [rows.batch(index) for index in range(settings.calibration)]
-    gone = removals(parent, samples, min(limits["layers"]), settings.depth_score, report)
-    found = Importance(*measure(parent, samples), gone)
-    bound = Bound(
-        memory=None if settings.memory is None else parse_bytes(settings.memory),
-        context=settings.context or config.max_position_embeddings,
-        batch=settings.batch,
-        dtype=settings.dtype,
-        parameters=None if settings.share is None else int(settings.share * count.total(config)),
-    )
-    fits = candidates(config, depths(config, gone), settings.axes, bound)
-    front = [replace(one, kept=kept(found, config, one)) for one in largest(fits)]
-    text = f"{len(fits):,} shapes fit, {len(front):,} of them as large as can be"
-    report({"event": "log", "text": text})
-    return found, front
+    return [rows.batch(index) for index in range(settings.calibration)]
 
 
 def _write(front: Sequence[Candidate], out: Path, report: Report) -> None:
