@@ -21,23 +21,14 @@ from whimbrel.units import format_bytes, format_count
 
 GRID = {"layers": 0.8, "hidden_size": 0.5, "intermediate_size": 0.5, "mamba_num_heads": 0.5}
 """Axes that are cut where no values are given, each with the least share of the parent that is tried."""
-OF_LETTER = {
-    "intermediate_size": FEED_FORWARD,
-    "mamba_num_heads": MAMBA,
-    "mamba_head_dim": MAMBA,
-    "num_key_value_heads": ATTENTION,
-    "num_attention_heads": ATTENTION,
+PARTS = {
+    ("hidden_size",): "",
+    ("intermediate_size",): FEED_FORWARD,
+    ("mamba_num_heads",): MAMBA,
+    ("mamba_head_dim",): MAMBA,
+    ("num_key_value_heads", "num_attention_heads"): ATTENTION,
 }
-
-
-PARTS = (
-    ("hidden_size",),
-    ("intermediate_size",),
-    ("mamba_num_heads",),
-    ("mamba_head_dim",),
-    ("num_key_value_heads", "num_attention_heads"),
-)
-"""Widths that can be cut alone."""
+"""Widths that can be cut alone, and the letter they belong to."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +52,13 @@ class Axes:
         """The values of every axis of this parent, the largest first. `UserError` for those that no cut can give."""
         steps = {"layers": len(blocks(parent)[0]), "mamba_num_heads": parent.n_groups}
         grid = {name: _grid(getattr(parent, name), steps.get(name, 1), least) for name, least in GRID.items()}
+        absent = {name for part, letter in PARTS.items() if letter not in parent.pattern for name in part}
         kinds = len(set(parent.pattern))
         grid["layers"] = tuple(n for n in grid["layers"] if n >= kinds)
         found = {}
         for name, given in vars(self).items():
             most, step = getattr(parent, name), steps.get(name, 1)
-            if OF_LETTER.get(name, parent.pattern) not in parent.pattern:
+            if name in absent:
                 given = (most,)
             for value in given or ():
                 least = max(step, kinds) if name == "layers" else step
@@ -92,10 +84,6 @@ class Bound:
     batch: int = 1
     dtype: str = "bfloat16"
     parameters: int | None = None
-
-    def holds(self, bytes_: int, parameters: int) -> bool:
-        """Is that within the bound?"""
-        return bytes_ <= (self.memory or bytes_) and parameters <= (self.parameters or parameters)
 
 
 @dataclass(frozen=True)
@@ -125,6 +113,11 @@ class Candidate:
         """The shape as a word."""
         return "-".join(map(str, self.shape))
 
+    @property
+    def losses(self) -> tuple[float, float, float]:
+        """What is known of it, the best known first; NaN is not known."""
+        return self.trial_loss, self.cut_loss, self.estimate
+
 
 def candidates(parent: ModelConfig, stay: Mapping[int, tuple[int, ...]], axes: Axes, bound: Bound) -> list[Candidate]:
     """Every shape of the grid that the bound holds, the largest first. `stay`: what `importance.depths` gives.
@@ -136,24 +129,21 @@ def candidates(parent: ModelConfig, stay: Mapping[int, tuple[int, ...]], axes: A
     found, least_bytes, least_parameters = [], 1 << 62, 1 << 62
     for layers, *widths in product(*grid[0]):
         named = dict(zip(names[1:], widths, strict=True))
+        keys = named["num_key_value_heads"]
         if axes.num_attention_heads is None:
-            named["num_attention_heads"] = named["num_key_value_heads"] * queries
-        if not _grouped(named["num_attention_heads"], named["num_key_value_heads"], queries):
+            named["num_attention_heads"] = keys * queries
+        each, rest = divmod(named["num_attention_heads"], max(1, keys))
+        if rest or each > queries:  # every key/value head keeps as many query heads, of those it has
             continue
         pattern = "".join(parent.pattern[layer] for layer in stay[layers])
         config = replace(parent, pattern=pattern, **named)
         parameters, bytes_ = count.total(config), serving_bytes(config, bound.context, bound.batch, bound.dtype)
         least_bytes, least_parameters = min(least_bytes, bytes_), min(least_parameters, parameters)
-        if bound.holds(bytes_, parameters):
+        if bytes_ <= (bound.memory or bytes_) and parameters <= (bound.parameters or parameters):
             found.append(Candidate(config, stay[layers], parameters, bytes_))
     if not found:
         raise UserError(_nothing(bound, count.total(parent), least_bytes, least_parameters))
     return sorted(found, key=lambda one: -one.parameters)
-
-
-def _grouped(heads: int, keys: int, queries: int) -> bool:
-    """Can every one of these key/value heads have as many of its `queries` query heads?"""
-    return not keys or (heads % keys == 0 and heads // keys <= queries)
 
 
 def _nothing(bound: Bound, parent: int, bytes_: int, parameters: int) -> str:
@@ -221,12 +211,8 @@ def choose(
 
     depth = len(tried([some[0] for some in field.values()]).layers)
     winner = tried(field[depth][:finalists])
-    return sorted(seen.values(), key=lambda one: (one is not winner, *_order(one)))
-
-
-def _order(one: Candidate) -> tuple[float, ...]:
-    """Tried before scored before not looked at; the better first."""
-    return tuple(math.inf if math.isnan(x) else x for x in (one.trial_loss, one.cut_loss, one.estimate))
+    known = {one.name: [math.inf if math.isnan(x) else x for x in one.losses] for one in seen.values()}
+    return sorted(seen.values(), key=lambda one: (one is not winner, known[one.name]))
 
 
 def table(found: Sequence[Candidate]) -> list[str]:
@@ -235,7 +221,7 @@ def table(found: Sequence[Candidate]) -> list[str]:
     tail = ("parameters", "memory", "estimate", "cut loss", "trial loss")
     lines = ["  ".join([*(f"{head:>8}" for head in heads), *(f"{head:>10}" for head in tail)])]
     for one in found:
-        losses = ("-" if math.isnan(x) else f"{x:.3f}" for x in (one.estimate, one.cut_loss, one.trial_loss))
+        losses = ("-" if math.isnan(x) else f"{x:.3f}" for x in reversed(one.losses))
         told = (format_count(one.parameters), format_bytes(one.bytes), *losses)
         lines.append("  ".join([*(f"{n:>8}" for n in one.shape), *(f"{word:>10}" for word in told)]))
     return lines

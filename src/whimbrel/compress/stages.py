@@ -24,13 +24,13 @@ from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report
 from whimbrel.files import atomic_write
 from whimbrel.model import count
-from whimbrel.model.checkpoint import save
+from whimbrel.model.checkpoint import resolve, save
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.language import LanguageModel
 from whimbrel.train import threads
 from whimbrel.train.loop import TrainSettings, train
 from whimbrel.train.objective import CrossEntropy
-from whimbrel.train.stages import RowSettings, blend
+from whimbrel.train.stages import RowSettings, blend, token_folders
 from whimbrel.train.step import accumulate
 from whimbrel.units import parse_bytes
 
@@ -95,19 +95,16 @@ class CompressSettings(RowSettings):
         return Bound(memory, self.context or parent.max_position_embeddings, self.batch, self.dtype, parameters)
 
 
-def model_folder(place: Path) -> Path:
-    """The model in a stage's folder, or a model's own folder."""
-    return place / "model" if (place / "model" / "config.json").exists() else place
-
-
 def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Cut the input `model` to the best shape within the bound, judged on the held-out rows of `tokens`."""
-    folder = model_folder(inputs["model"])
+    folder, tokens = resolve(inputs["model"]), token_folders(inputs)
     parent = LanguageModel.load(folder, device=settings.torch_device()).requires_grad_(False)
-    source = blend(settings, inputs["tokens"])
-    validation, trial = settings.held_out(inputs["tokens"], report)
+    source = blend(settings, tokens)
+    validation, trial = settings.held_out(tokens, report)
     if validation is None:
-        raise UserError(f"candidates are judged on held-out rows; set heldout to a shard of {inputs['tokens']}")
+        raise UserError(
+            f"heldout is {settings.heldout!r}, but candidates need held-out rows; set it to a shard there is"
+        )
     held = [validation.batch(index) for index in range(trial.validate_batches)]
     cuts = itertools.count(1)
 
@@ -129,7 +126,7 @@ def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Pa
 
     trial = replace(trial, threads=threads.choose(trial.threads, None, lambda: loss(parent), report))
     with threads.using(trial.threads):
-        samples = _samples(settings, inputs["tokens"])
+        samples = _samples(settings, tokens)
         least = min(settings.axes.values(parent.config)["layers"])
         stay = depths(parent, samples, least, settings.depth_score, report)
         fits = candidates(parent.config, stay, settings.axes, settings.bound(parent.config))
@@ -149,7 +146,7 @@ def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Pa
     return sizes | figures | {"bytes": front[0].bytes}
 
 
-def _samples(settings: CompressSettings, tokens: Path) -> list[Batch]:
+def _samples(settings: CompressSettings, tokens: Mapping[str, Path]) -> list[Batch]:
     """Rows of the calibration set, one a sample."""
     rows = blend(replace(settings, batch_rows=1, train=TrainSettings(steps=settings.calibration)), tokens)
     return [rows.batch(index) for index in range(settings.calibration)]
@@ -169,18 +166,17 @@ def _write(front: Sequence[Candidate], out: Path, report: Report) -> None:
 
 def run_distill(settings: DistillSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Train the input `student` on `tokens` against the input `teacher`; goes on from what it finds in `out`."""
-    device, folder = settings.torch_device(), model_folder(inputs["student"])
-    teacher, student = (
-        LanguageModel.load(model_folder(inputs[name]), device=device) for name in ("teacher", "student")
-    )
-    source = blend(settings, inputs["tokens"])
+    device, folder, tokens = settings.torch_device(), resolve(inputs["student"]), token_folders(inputs)
+    teacher = LanguageModel.load(inputs["teacher"], device=device)
+    student = LanguageModel.load(folder, device=device)
+    source = blend(settings, tokens)
     report({"event": "log", "text": source.preview()})
-    validation, limits = settings.held_out(inputs["tokens"], report)
+    validation, limits = settings.held_out(tokens, report)
     objective = Distillation(teacher, settings.labels)
     figures = train(limits, objective, source, validation, student, out, report, judge=CrossEntropy())
     if validation is not None:
         held = [validation.batch(index) for index in range(limits.validate_batches)]
         figures["teacher_loss"] = accumulate(teacher, CrossEntropy(), held, learn=False)[0]
-    lineage = [f"{folder.name}, taught by {model_folder(inputs['teacher']).name} (labels: {settings.labels:g})"]
+    lineage = [f"{folder.name}, taught by {resolve(inputs['teacher']).name} (labels: {settings.labels:g})"]
     save(student, out / "model", folder if (folder / "tokenizer.json").exists() else None, lineage=lineage)
     return figures

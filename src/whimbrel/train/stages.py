@@ -190,8 +190,7 @@ def blend(settings: RowSettings, tokens: Mapping[str, Path]) -> Blend:
         if named and name not in tokens:
             raise UserError(f"blend.sources has {name!r}, which is no input; {nearest(name, tokens)}")
     sources = {
-        name: settings.rows(tokens[name if named else ""] / prefix, settings.seed)
-        for name, prefix in prefixes.items()
+        name: settings.rows(tokens[name if named else ""] / prefix, settings.seed) for name, prefix in prefixes.items()
     }
     even = Phase(1.0, {name: float(rows.shards.tokens) for name, rows in sources.items()})
     batches = settings.train.steps * settings.train.accumulate
