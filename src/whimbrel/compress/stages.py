@@ -2,6 +2,7 @@
 
 OUT/model/            Hugging Face folder of the child, with the tokenizer's files of its parent
 OUT/candidates.json   compress: the shapes that fit, the chosen one first; candidates.txt is the table of them
+OUT/found.json        compress: losses by shape and the order of the layers, so that an interrupted search goes on
 OUT/metrics.jsonl     distill: as pretrain writes it; validation_loss is cross-entropy, whatever is learned from
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Pa
 
     def cut_loss(shape: ModelConfig, layers: Sequence[int]) -> float:
         report({"event": "progress", "done": next(cuts), "total": None, "unit": "cuts scored", "text": ""})
-        return loss(child(shape, layers))
+        said = f"{Candidate(shape, tuple(layers), 0, 0).name} of {layers}"
+        return _once(out, said, lambda: loss(child(shape, layers)))
 
     def trial_loss(one: Candidate) -> float:
         report({"event": "log", "text": f"trial of {one.name}: {one.parameters:,} parameters, {one.cut_loss:.3f} now"})
@@ -128,7 +130,8 @@ def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Pa
     with threads.using(trial.threads):
         samples = _samples(settings, tokens)
         least = min(settings.axes.values(parent.config)["layers"])
-        stay = depths(parent, samples, least, settings.depth_score, report)
+        kept = _once(out, "stay", lambda: [*depths(parent, samples, least, settings.depth_score, report).values()])
+        stay = {len(layers): tuple(layers) for layers in kept}
         fits = candidates(parent.config, stay, settings.axes, settings.bound(parent.config))
         report({"event": "log", "text": f"{len(fits):,} shapes fit; those that no other contains are looked at"})
         found = measure(parent, samples)
@@ -144,6 +147,17 @@ def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Pa
         shutil.rmtree(leftover)
     sizes = {"parameters": front[0].parameters, "parent_parameters": count.total(parent.config)}
     return sizes | figures | {"bytes": front[0].bytes}
+
+
+def _once(out: Path, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives, or gave before an interruption: the file `found.json` remembers it."""
+    file = out / "found.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if name not in known:
+        known[name] = make()
+        with atomic_write(file) as opened:
+            json.dump(known, opened)
+    return known[name]
 
 
 def _samples(settings: CompressSettings, tokens: Mapping[str, Path]) -> list[Batch]:
