@@ -59,7 +59,8 @@ class Axes:
         for name, given in vars(self).items():
             most, step = getattr(parent, name), steps.get(name, 1)
             if name in absent:
-                given = (most,)
+                found[name] = (most,)
+                continue
             for value in given or ():
                 least = max(step, kinds) if name == "layers" else step
                 if not least <= value <= most or value % step:
