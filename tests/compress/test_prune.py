@@ -141,12 +141,12 @@ def test_the_best_stay_and_every_group_keeps_as_many() -> None:
     found = Importance(
         torch.arange(24.0), {0: torch.zeros(6, 5), 1: torch.arange(20.0), 3: torch.tensor([9.0, 1, 3, 4, 8, 8])}
     )
-    found.units[0][:3] = torch.tensor([[0.0, 5, 1, 1, 0], [0, 1, 1, 9, 0], [0, 3, 2, 2, 0]])
+    found.units[0][:3] = torch.tensor([[0.0, 5, 1, 1, 0], [0, 1, 1, 9, 0], [0, 3, 2, 2, 8]])
     found.units[0][3:] = 100 * torch.tensor([[0.0, 1, 1, 1, 0], [0, 3, 1, 2, 0], [0, 2, 1, 2, 0]])
     child = replace(HYBRID, pattern="M-*", hidden_size=22, intermediate_size=2, mamba_num_heads=4, mamba_head_dim=2)
     child = replace(child, num_attention_heads=2, num_key_value_heads=2)
     units = select(found, HYBRID, child, (0, 1, 3))
-    heads, channels = units.inside[0]
+    heads, channels = units.inside[0]  # the third head is large in a channel that goes
     assert channels.tolist() == [1, 3]
     assert heads.tolist() == [0, 1, 4, 5]  # the second group has larger scores and keeps no more for it
     assert units.inside[1][0].tolist() == [18, 19]

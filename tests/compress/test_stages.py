@@ -69,6 +69,7 @@ def test_a_smaller_model_comes_out(life: dict[str, Path], tmp_path: Path) -> Non
     assert rows[0]["config"]["hidden_size"] == child.config.hidden_size
     assert rows[0]["trial_loss"] == min(row["trial_loss"] for row in rows if row["trial_loss"] is not None)
     assert rows[0]["trial_loss"] < rows[0]["cut_loss"] == pytest.approx(figures["cut_loss"])
+    assert 0.5 * figures["parent_loss"] < rows[0]["trial_loss"]  # cross-entropy, not the KL that is learned
     assert figures["parent_loss"] < figures["cut_loss"]
     assert sum(row["trial_loss"] is not None for row in rows) == 3  # the best of two depths, then one more
     assert len((tmp_path / "candidates.txt").read_text().splitlines()) == len(rows) + 1
