@@ -34,6 +34,17 @@ class Stage:
     free: tuple[str, ...] = ()
 
 
+LOOP = (
+    "train.threads",
+    "train.recompute",
+    "train.validate_every",
+    "train.validate_batches",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.tensorboard",
+)
+"""What is free wherever `train` is the loop's settings."""
+
 STAGES: Mapping[str, Stage] = {
     "data": Stage(
         settings="whimbrel.data.stages:DataSettings",
@@ -70,15 +81,25 @@ STAGES: Mapping[str, Stage] = {
         optional=("model",),
         several=("tokens",),
         model="model",
-        free=(
-            "train.threads",
-            "train.recompute",
-            "train.validate_every",
-            "train.validate_batches",
-            "train.checkpoint_every",
-            "train.keep",
-            "train.tensorboard",
-        ),
+        free=LOOP,
+    ),
+    "compress": Stage(
+        settings="whimbrel.compress.stages:CompressSettings",
+        run="whimbrel.compress.stages:run_compress",
+        version=1,
+        inputs=("model", "tokens"),
+        several=("tokens",),
+        model="model",
+        free=tuple(name for name in LOOP if name != "train.validate_batches"),
+    ),
+    "distill": Stage(
+        settings="whimbrel.compress.stages:DistillSettings",
+        run="whimbrel.compress.stages:run_distill",
+        version=1,
+        inputs=("teacher", "student", "tokens"),
+        several=("tokens",),
+        model="model",
+        free=LOOP,
     ),
     "sample": Stage(
         settings="whimbrel.pipeline.sample:SampleSettings",

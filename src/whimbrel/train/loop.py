@@ -113,8 +113,9 @@ def train(
     model: LanguageModel,
     folder: Path,
     report: Report = silent,
+    judge: Objective | None = None,
 ) -> dict[str, Any]:
-    """Train a model in place; returns figures of the run.
+    """Train a model in place; returns figures of the run. `judge` scores the held-out data, else the objective does.
 
     `folder` gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`. If a checkpoint is there, the run goes on from it,
     bit for bit as if it had never stopped (on a CPU, with the same build of torch). Raises `Stopped` after SIGINT or
@@ -138,7 +139,9 @@ def train(
         for step in range(state.step, settings.steps + 1):
             if validation is not None and (step % settings.validate_every == 0 or step == settings.steps):
                 batches = [validation.batch(index) for index in range(settings.validate_batches)]
-                held_out = {"validation_loss": accumulate(model, objective, batches, precision, learn=False)[0]}
+                held_out = {
+                    "validation_loss": accumulate(model, judge or objective, batches, precision, learn=False)[0]
+                }
                 log.write({"step": step} | held_out)
             if step == settings.steps:
                 break

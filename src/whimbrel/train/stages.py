@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from whimbrel.data.blend import Blend, Phase
-from whimbrel.data.pack import Source, Windows
+from whimbrel.data.pack import Source, WholeDocuments, Windows
 from whimbrel.data.shards import TokenShards
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report
@@ -42,17 +42,15 @@ class BlendSettings:
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
-    """A model from random weights, or on from the input `model`."""
+class RowSettings:
+    """What a stage that trains on token shards reads, and how."""
 
-    model: dict[str, Any] = field(default_factory=dict)
-    """`preset: NAME`, or fields of a model, or a preset and fields that differ; the vocabulary comes from the
-    tokenizer. With an input `model` nothing but max_position_embeddings.
-    """
     length: int = 512
     """Tokens of a row; documents in it do not see each other."""
     batch_rows: int = 8
     """Rows of a micro-batch."""
+    whole: bool = False
+    """Rows of whole documents, such as conversations; else the stream is cut every `length` tokens."""
     seed: int = 0
     """Of the first weights and of the order of data."""
     device: str = "auto"
@@ -68,6 +66,40 @@ class PretrainSettings:
                 raise UserError(f"{name} is {getattr(self, name)}; set {name} to 1 or more")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device is {self.device!r}; set device to auto, cpu or cuda")
+
+    def torch_device(self) -> torch.device:
+        """The device to train on."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu or auto")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def rows(self, shard: Path, seed: int) -> Windows | WholeDocuments:
+        """The rows of one shard."""
+        return (WholeDocuments if self.whole else Windows)(TokenShards(shard), self.length, seed)
+
+    def held_out(self, tokens: Mapping[str, Path], report: Report) -> tuple[Source | None, TrainSettings]:
+        """Held-out rows of the first input, and the loop's settings with no more looks at them than there are."""
+        first = next(iter(tokens.values()))
+        if not (first / f"{self.heldout}.idx").exists():
+            text = f"{first} has no shard {self.heldout!r}; no loss on held-out data"
+            report({"event": "warning", "text": text})
+            return None, self.train
+        source = Source(self.rows(first / self.heldout, 0), self.batch_rows)
+        most = -(-source.length // self.batch_rows)
+        return source, replace(self.train, validate_batches=min(self.train.validate_batches, most))
+
+
+@dataclass(frozen=True)
+class PretrainSettings(RowSettings):
+    """A model from random weights, or on from the input `model`."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """`preset: NAME`, or fields of a model, or a preset and fields that differ; the vocabulary comes from the
+    tokenizer. With an input `model` nothing but max_position_embeddings.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         # What is wrong is said before anything runs; without a shape of its own it goes on from the input model.
         shaped = set(self.model) - {"max_position_embeddings"}
         config = model_config({"vocab_size": 2**17} | self.model) if shaped else None
@@ -77,12 +109,6 @@ class PretrainSettings:
                 "set the second to at least the first"
             )
 
-    def torch_device(self) -> torch.device:
-        """The device to train on."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu or auto")
-        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
-
 
 def run(settings: PretrainSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Train on the inputs `tokens` and `tokenizer`; goes on from what it finds in `out`.
@@ -91,22 +117,10 @@ def run(settings: PretrainSettings, inputs: Mapping[str, Path], out: Path, repor
     """
     tokenizer = Tokenizer.load(inputs["tokenizer"])
     model = _begin(settings, tokenizer, inputs.get("model"))
-    tokens = {name.partition(".")[2]: folder for name, folder in inputs.items() if name.partition(".")[0] == "tokens"}
+    tokens = token_folders(inputs)
     source = blend(settings, tokens)
     report({"event": "log", "text": source.preview()})
-    validation, train = None, settings.train
-    first = next(iter(tokens.values()))
-    if (first / f"{settings.heldout}.idx").exists():
-        rows = Windows(TokenShards(first / settings.heldout), settings.length, seed=0)
-        validation = Source(rows, settings.batch_rows)
-        train = replace(train, validate_batches=min(train.validate_batches, -(-rows.count // settings.batch_rows)))
-    else:
-        report(
-            {
-                "event": "warning",
-                "text": f"{first} has no shard {settings.heldout!r}; no loss on held-out data",
-            }
-        )
+    validation, train = settings.held_out(tokens, report)
     figures = pretrain(train, source, validation, model, out, report)
     model.save(out / "model", inputs["tokenizer"])
     return figures
@@ -163,18 +177,20 @@ def fitted(said: Mapping[str, Any], tokenizer: Tokenizer) -> ModelConfig:
     return model_config({**said, "vocab_size": vocabulary, **ids})
 
 
-def blend(settings: PretrainSettings, tokens: Mapping[str, Path]) -> Blend:
-    """The order of all training data, fixed before the first step. `tokens`: folders of shards by their input's name,
-    which is empty if there is only one.
-    """
+def token_folders(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """The folders of token shards by their input's name, which is empty if there is only one."""
+    return {name.partition(".")[2]: folder for name, folder in inputs.items() if name.partition(".")[0] == "tokens"}
+
+
+def blend(settings: RowSettings, tokens: Mapping[str, Path]) -> Blend:
+    """The order of all training data, fixed before the first step. `tokens`: what `token_folders` gives."""
     named = "" not in tokens
     prefixes = settings.blend.sources or {name or "train": "train" for name in tokens}
     for name in prefixes:
         if named and name not in tokens:
             raise UserError(f"blend.sources has {name!r}, which is no input; {nearest(name, tokens)}")
     sources = {
-        name: Windows(TokenShards(tokens[name if named else ""] / prefix), settings.length, settings.seed)
-        for name, prefix in prefixes.items()
+        name: settings.rows(tokens[name if named else ""] / prefix, settings.seed) for name, prefix in prefixes.items()
     }
     even = Phase(1.0, {name: float(rows.shards.tokens) for name, rows in sources.items()})
     batches = settings.train.steps * settings.train.accumulate
