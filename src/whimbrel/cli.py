@@ -49,6 +49,8 @@ STAGES = {
     "tokenizer": "a vocabulary learned from documents.",
     "tokens": "documents to token shards.",
     "pretrain": "token shards to a model.",
+    "tasks": "problems with solutions and a verifier.",
+    "sft": "a model and conversations to a model that answers.",
     "sample": "texts written by a model.",
 }
 

@@ -32,6 +32,19 @@ class Stage:
     free: tuple[str, ...] = ()
 
 
+_TRAIN = tuple(
+    f"train.{name}"
+    for name in (
+        "threads",
+        "recompute",
+        "validate_every",
+        "validate_batches",
+        "checkpoint_every",
+        "keep",
+        "tensorboard",
+    )
+)
+
 STAGES: Mapping[str, Stage] = {
     "data": Stage(
         settings="whimbrel.data.stages:DataSettings",
@@ -59,15 +72,21 @@ STAGES: Mapping[str, Stage] = {
         version=1,
         inputs=("tokens", "tokenizer"),
         model="model",
-        free=(
-            "train.threads",
-            "train.recompute",
-            "train.validate_every",
-            "train.validate_batches",
-            "train.checkpoint_every",
-            "train.keep",
-            "train.tensorboard",
-        ),
+        free=_TRAIN,
+    ),
+    "tasks": Stage(
+        settings="whimbrel.data.tasks:TasksSettings",
+        run="whimbrel.data.tasks:run",
+        version=1,
+        inputs=(),
+    ),
+    "sft": Stage(
+        settings="whimbrel.align.sft:SftSettings",
+        run="whimbrel.align.sft:run",
+        version=1,
+        inputs=("model", "conversations"),
+        model="model",
+        free=_TRAIN,
     ),
     "sample": Stage(
         settings="whimbrel.pipeline.sample:SampleSettings",

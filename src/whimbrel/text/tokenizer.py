@@ -151,14 +151,17 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
         generation: bool = False,
+        forced_close: bool = False,
     ) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, and for each whether the model is trained to write it (see `whimbrel.text.chat`).
 
         A trained stretch is encoded apart from what precedes it, as it will be when the model writes it after that
         prompt: no token spans both. With `generation` nothing is trained, and the ids are those of the rendered text.
+        `forced_close`: the thought is closed by the engine, so its tag is encoded apart and not trained.
         """
         renderer = chat.render_pieces if self._native else self._template.render_pieces
         pieces = renderer(messages, tools=tools, thinking=thinking, generation=generation)
+        pieces = chat.force_close(pieces) if forced_close else pieces
         if self._prefixes:
             return self._encode_whole(pieces)
         ids: list[int] = []

@@ -64,8 +64,7 @@ class PretrainSettings:
         for name in ("length", "batch_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; set {name} to 1 or more")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device is {self.device!r}; set device to auto, cpu or cuda")
+        check_device(self.device)
         config = model_config({"vocab_size": 2**17} | self.model)  # what is wrong with it is said before anything runs
         if self.length > config.max_position_embeddings:
             raise UserError(
@@ -73,11 +72,18 @@ class PretrainSettings:
                 "set the second to at least the first"
             )
 
-    def torch_device(self) -> torch.device:
-        """The device to train on."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu or auto")
-        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+def check_device(device: str) -> None:
+    """Raise `UserError` unless it is a word for a device."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is {device!r}; set device to auto, cpu or cuda")
+
+
+def torch_device(device: str) -> torch.device:
+    """The device to train on."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu or auto")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def run(settings: PretrainSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def run(settings: PretrainSettings, inputs: Mapping[str, Path], out: Path, repor
     Returns the figures of the run.
     """
     tokenizer = Tokenizer.load(inputs["tokenizer"])
-    model = LanguageModel(fitted(settings.model, tokenizer), device=settings.torch_device()).initialise(settings.seed)
+    model = LanguageModel(fitted(settings.model, tokenizer), device=torch_device(settings.device)).initialise(settings.seed)
     source = blend(settings, inputs["tokens"])
     report({"event": "log", "text": source.preview()})
     validation, train = None, settings.train
