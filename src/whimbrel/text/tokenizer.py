@@ -5,8 +5,8 @@ The engine underneath is the `tokenizers` library, so `tokenizer.json` gives the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ class Tokenizer:
         def piece(token: int) -> str | None:
             return None if skip_special and token in self._special_ids else self._backend.id_to_token(token)
 
-        return TextStream(lambda ids: self.decode(ids, skip_special=skip_special), piece)
+        return TextStream(lambda ids: self._short_text(tuple(ids), skip_special), piece)
 
     def render(
         self,
@@ -204,6 +204,11 @@ class Tokenizer:
     @property
     def _native(self) -> bool:
         return self.chat_template == chat.TEMPLATE
+
+    @cached_property
+    def _short_text(self) -> Callable[[tuple[int, ...], bool], str]:
+        """`decode` of the few ids at the end of a stream: the same ones return again and again."""
+        return lru_cache(2**16)(lambda ids, skip_special: self.decode(ids, skip_special=skip_special))
 
     @cached_property
     def _prefixes(self) -> bool:
