@@ -1,4 +1,4 @@
-"""The stage `grpo`: several answers to a prompt, judged by its verifier; what is better than its group becomes likelier.
+"""The stage `grpo`: several answers to a prompt, judged by its verifier; what beats its group becomes likelier.
 
 One flat loop over `train_step`, with an engine on the same parameters. A step draws a group of answers to each of some
 prompts, scores the learned tokens with the trainer's own pass, compares that with what the engine drew with, and stops
@@ -38,8 +38,8 @@ from whimbrel.train.interrupt import Stopped, stop_politely
 from whimbrel.train.loop import TrainSettings, identity
 from whimbrel.train.measure import Log
 from whimbrel.train.optimizer import adamw, set_learning_rate
-from whimbrel.train.step import autocast, train_step
 from whimbrel.train.stages import check_device, torch_device
+from whimbrel.train.step import autocast, train_step
 
 Row = Mapping[str, Any]
 KINDS = ("none", "k1", "k2", "k3")
@@ -78,7 +78,7 @@ class GrpoSettings:
     """Learn from answers that were cut at max_tokens, too."""
     drift_mean: float = 0.05
     drift_max: float = 1.0
-    """Largest |log p of the engine - log p of the trainer|, in the mean and of one token, with which the run goes on."""
+    """Largest |log p of the engine - log p of the trainer| with which the run goes on: in the mean, and of one token."""
     micro_tokens: int = 16384
     """Tokens of a micro-batch; changes memory and rounding, not the loss."""
     validation_prompts: int = 256
@@ -91,8 +91,8 @@ class GrpoSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; set {name} to 1 or more")
         if self.group_size < 2:
-            raise UserError(f"group_size is {self.group_size}, which leaves nothing to compare with; set it to 2 or more")
-        if not 0 < self.clip_low < 1 or not 0 < self.clip_high:
+            raise UserError(f"group_size is {self.group_size}, with nothing to compare; set group_size to 2 or more")
+        if not 0 < self.clip_low < 1 or self.clip_high <= 0:
             raise UserError(f"clip_low is {self.clip_low}, clip_high {self.clip_high}; set them to 0.2 and 0.28")
         if self.updates > self.groups:
             raise UserError(f"updates is {self.updates}, more than groups {self.groups}; set updates to 1")
@@ -112,7 +112,9 @@ class GrpoSettings:
         """What the engine is asked for, for one prompt."""
         budget = self.thinking_budget if thinking else 0
         grace, size = self.thinking_grace, self.group_size
-        return Sampling(self.max_tokens, 1.0, seed=seed, logprobs=0, n=size, thinking_budget=budget, thinking_grace=grace)
+        return Sampling(
+            self.max_tokens, 1.0, seed=seed, logprobs=0, n=size, thinking_budget=budget, thinking_grace=grace
+        )
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def draw(
     An answer that is left out still counts in the mean of its group.
     """
     first, size = step * settings.groups, settings.group_size
-    chosen = [rows[i] for i in Permutation(len(rows), settings.seed)(np.arange(first, first + settings.groups)).tolist()]
+    chosen = [
+        rows[i] for i in Permutation(len(rows), settings.seed)(np.arange(first, first + settings.groups)).tolist()
+    ]
     thinks = (np.random.default_rng([settings.seed, step]).random(settings.groups) >= settings.off).tolist()
     vocabulary = engine.model.config.vocab_size
     prompts = [read_prompt(row["prompt"], engine.tokenizer, on, vocabulary)[0]
@@ -193,7 +197,9 @@ def _join(samples: Sequence[Sample]) -> PolicyBatch:
             drawn.append(logprobs[place])
     lengths = tuple(len(sample.prompt) + len(sample.answer.ids) for sample in samples)
     whole = (np.asarray(values, np.int64) for values in (rows, targets))
-    return PolicyBatch(np.asarray(tokens), lengths, *whole, np.asarray(gains, np.float32), np.asarray(drawn, np.float32))
+    return PolicyBatch(
+        np.asarray(tokens), lengths, *whole, np.asarray(gains, np.float32), np.asarray(drawn, np.float32)
+    )
 
 
 class Trainer:
@@ -247,14 +253,19 @@ class Trainer:
         for name, value in found.items():
             if not value <= getattr(self.settings, name):
                 raise UserError(
-                    f"{name} is {value:.3g}, its limit {getattr(self.settings, name):g}: the engine no longer draws from "
-                    f"the model that is trained; nothing was learned from these answers; raise {name} only if you know why"
+                    f"{name} is {value:.3g}, its limit {getattr(self.settings, name):g}: the engine no longer draws "
+                    f"from the model that is trained, and nothing was learned from it; raise {name} only if you know why"
                 )
         return found
 
 
 def grpo(
-    settings: GrpoSettings, rows: Sequence[Row], validation: Sequence[Row], trainer: Trainer, folder: Path, report: Report
+    settings: GrpoSettings,
+    rows: Sequence[Row],
+    validation: Sequence[Row],
+    trainer: Trainer,
+    folder: Path,
+    report: Report,
 ) -> dict[str, Any]:
     """Train in place; returns the last figures. Resumes from `folder` bit for bit, as `train.loop.train` does."""
     how, model, checkpoints = settings.train, trainer.model, folder / "checkpoints"

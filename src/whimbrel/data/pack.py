@@ -143,7 +143,8 @@ def cut(shards: TokenShards, start: int, stop: int) -> Row:
 
 @dataclass(frozen=True)
 class WholeDocuments:
-    """Rows of at most L tokens, made of whole documents: in random order, each into the fullest row with room (best fit).
+    """Rows of at most L tokens, made of whole documents: in random order, each into the fullest row with
+    room (best fit).
 
     Longest first would fill rows better and put documents of one length, so often of one kind, into one row; nothing
     is padded, so an emptier row costs nothing and a one-sided step does. Longer documents than L are refused: cutting

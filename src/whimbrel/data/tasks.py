@@ -1,4 +1,4 @@
-"""The stage `tasks`: problems that a rule makes, solves step by step, and checks. One family: sums of a chain of numbers.
+"""The stage `tasks`: problems that a rule makes, solves step by step, and checks. One family: chains of sums.
 
     What is 7+5-9+2?        thought: 7+5=12        answer: 5
                                      -9=3

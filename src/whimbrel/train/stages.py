@@ -92,7 +92,9 @@ def run(settings: PretrainSettings, inputs: Mapping[str, Path], out: Path, repor
     Returns the figures of the run.
     """
     tokenizer = Tokenizer.load(inputs["tokenizer"])
-    model = LanguageModel(fitted(settings.model, tokenizer), device=torch_device(settings.device)).initialise(settings.seed)
+    model = LanguageModel(fitted(settings.model, tokenizer), device=torch_device(settings.device)).initialise(
+        settings.seed
+    )
     source = blend(settings, inputs["tokens"])
     report({"event": "log", "text": source.preview()})
     validation, train = None, settings.train
