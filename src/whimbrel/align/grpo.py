@@ -21,11 +21,10 @@ import numpy as np
 import torch
 
 from whimbrel.align.policy import PolicyBatch, PolicyGradient, advantages, log_probs
-from whimbrel.align.rollout import PROMPT_KEYS, accuracy, reward
-from whimbrel.align.rows import check_share, load, read_rows
+from whimbrel.align.rollout import PROMPT_KEYS, Sample, accuracy, pack, reward
+from whimbrel.align.tuning import check_counts, check_shares, load, read_rows
 from whimbrel.data.order import Permutation
 from whimbrel.engine import Engine, Sampling
-from whimbrel.engine.answer import Answer
 from whimbrel.engine.prompt import read_prompt
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report
@@ -78,7 +77,7 @@ class GrpoSettings:
     """Learn from answers that were cut at max_tokens, too."""
     drift_mean: float = 0.05
     drift_max: float = 1.0
-    """Largest |log p of the engine - log p of the trainer| with which the run goes on: in the mean, and of one token."""
+    """Largest |log p of the engine - log p of the trainer| with which the run goes on: mean, and of one token."""
     micro_tokens: int = 16384
     """Tokens of a micro-batch; changes memory and rounding, not the loss."""
     validation_prompts: int = 256
@@ -87,9 +86,7 @@ class GrpoSettings:
     train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=100, validate_every=50))
 
     def __post_init__(self) -> None:
-        for name in ("groups", "max_tokens", "updates", "micro_tokens", "validation_prompts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; set {name} to 1 or more")
+        check_counts(self, "groups", "max_tokens", "updates", "micro_tokens", "validation_prompts")
         if self.group_size < 2:
             raise UserError(f"group_size is {self.group_size}, with nothing to compare; set group_size to 2 or more")
         if not 0 < self.clip_low < 1 or self.clip_high <= 0:
@@ -105,7 +102,7 @@ class GrpoSettings:
             raise UserError("thinking_budget is 0, which turns thinking off; leave it at null and set off to 1")
         if self.train.accumulate != 1 or self.train.recompute:
             raise UserError("train.accumulate and train.recompute are not for grpo; set micro_tokens lower instead")
-        check_share("off", self.off)
+        check_shares(self, "off")
         check_device(self.device)
 
     def sampling(self, seed: int, thinking: bool) -> Sampling:
@@ -115,19 +112,6 @@ class GrpoSettings:
         return Sampling(
             self.max_tokens, 1.0, seed=seed, logprobs=0, n=size, thinking_budget=budget, thinking_grace=grace
         )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer on its way into a batch."""
-
-    prompt: tuple[int, ...]
-    answer: Answer
-    advantage: float
-
-    def learned(self) -> list[int]:
-        """Places of the tokens that the model chose itself."""
-        return [place for place in range(len(self.answer.ids)) if place not in self.answer.forced]
 
 
 def draw(
@@ -164,42 +148,6 @@ def draw(
         "thinking_tokens": float(np.mean([answer.thinking_tokens for answer in answers])),
     }
     return groups, figures
-
-
-def pack(samples: Sequence[Sample], tokens: int) -> list[PolicyBatch]:
-    """Micro-batches of about this many tokens."""
-    batches, waiting, size = [], [], 0
-    for sample in samples:
-        length = len(sample.prompt) + len(sample.answer.ids)
-        if waiting and size + length > tokens:
-            batches.append(_join(waiting))
-            waiting, size = [], 0
-        waiting.append(sample)
-        size += length
-    return [*batches, _join(waiting)] if waiting else batches
-
-
-def _join(samples: Sequence[Sample]) -> PolicyBatch:
-    tokens: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    gains: list[float] = []
-    drawn: list[float] = []
-    for sample in samples:
-        ids, logprobs = sample.answer.ids, sample.answer.logprobs
-        assert logprobs is not None, "answers to learn from carry their log-probabilities"
-        before = len(tokens) + len(sample.prompt) - 1
-        tokens += [*sample.prompt, *ids]
-        for place in sample.learned():
-            rows.append(before + place)
-            targets.append(ids[place])
-            gains.append(sample.advantage)
-            drawn.append(logprobs[place])
-    lengths = tuple(len(sample.prompt) + len(sample.answer.ids) for sample in samples)
-    whole = (np.asarray(values, np.int64) for values in (rows, targets))
-    return PolicyBatch(
-        np.asarray(tokens), lengths, *whole, np.asarray(gains, np.float32), np.asarray(drawn, np.float32)
-    )
 
 
 class Trainer:
@@ -254,7 +202,7 @@ class Trainer:
             if not value <= getattr(self.settings, name):
                 raise UserError(
                     f"{name} is {value:.3g}, its limit {getattr(self.settings, name):g}: the engine no longer draws "
-                    f"from the model that is trained, and nothing was learned from it; raise {name} only if you know why"
+                    f"from the model that is trained, and nothing was learned; raise {name} only if you know why"
                 )
         return found
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from whimbrel.align.policy import PolicyBatch
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.answer import Answer
 from whimbrel.verify import check
@@ -21,3 +25,52 @@ def accuracy(engine: Engine, rows: Sequence[Mapping[str, Any]], sampling: Sampli
     """Mean reward of the rows' prompts, one answer each."""
     answers = engine.generate([row["prompt"] for row in rows], sampling)
     return sum(reward(row, answer) for row, answer in zip(rows, answers, strict=True)) / len(rows)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer on its way into a batch."""
+
+    prompt: tuple[int, ...]
+    answer: Answer
+    advantage: float
+
+    def learned(self) -> list[int]:
+        """Places of the tokens that the model chose itself."""
+        return [place for place in range(len(self.answer.ids)) if place not in self.answer.forced]
+
+
+def pack(samples: Sequence[Sample], tokens: int) -> list[PolicyBatch]:
+    """Micro-batches of about this many tokens."""
+    batches, waiting, size = [], [], 0
+    for sample in samples:
+        length = len(sample.prompt) + len(sample.answer.ids)
+        if waiting and size + length > tokens:
+            batches.append(_join(waiting))
+            waiting, size = [], 0
+        waiting.append(sample)
+        size += length
+    return [*batches, _join(waiting)] if waiting else batches
+
+
+def _join(samples: Sequence[Sample]) -> PolicyBatch:
+    tokens: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    gains: list[float] = []
+    drawn: list[float] = []
+    for sample in samples:
+        ids, logprobs = sample.answer.ids, sample.answer.logprobs
+        assert logprobs is not None, "answers to learn from carry their log-probabilities"
+        before = len(tokens) + len(sample.prompt) - 1
+        tokens += [*sample.prompt, *ids]
+        for place in sample.learned():
+            rows.append(before + place)
+            targets.append(ids[place])
+            gains.append(sample.advantage)
+            drawn.append(logprobs[place])
+    lengths = tuple(len(sample.prompt) + len(sample.answer.ids) for sample in samples)
+    whole = (np.asarray(values, np.int64) for values in (rows, targets))
+    return PolicyBatch(
+        np.asarray(tokens), lengths, *whole, np.asarray(gains, np.float32), np.asarray(drawn, np.float32)
+    )

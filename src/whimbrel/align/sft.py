@@ -12,29 +12,28 @@ OUT/tokens/      the rows as token shards with their mask
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from whimbrel.align import lora
-from whimbrel.align.rows import check_share, load, read_rows
+from whimbrel.align.tuning import Tuning, check_counts, check_shares, load, read_rows, tune
 from whimbrel.data import shards
 from whimbrel.data.pack import Source, WholeDocuments
 from whimbrel.errors import UserError
 from whimbrel.events import Report
 from whimbrel.model.checkpoint import resolve
 from whimbrel.text import Tokenizer
-from whimbrel.train.loop import TrainSettings, train
 from whimbrel.train.objective import CrossEntropy
-from whimbrel.train.stages import check_device, torch_device
+from whimbrel.train.stages import torch_device
 
 Mode = Literal["on", "off", "cut"]
 
 
 @dataclass(frozen=True)
-class SftSettings:
+class SftSettings(Tuning):
     """Supervised fine-tuning."""
 
     off: float = 0.1
@@ -42,23 +41,19 @@ class SftSettings:
     cut: float = 0.05
     """Share whose thought is cut at a place drawn uniformly."""
     heldout: float = 0.01
-    """Share that is only looked at."""
     length: int = 4096
     """Tokens of a row at most; conversations in it do not see each other, and none may be longer."""
     batch_rows: int = 1
     """Rows of a micro-batch."""
-    seed: int = 0
-    device: str = "auto"
     lora: lora.LoraSettings | None = None
     """Train adapters and leave the model's own weights alone."""
-    train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
-        for name in ("off", "cut", "heldout"):
-            check_share(name, getattr(self, name))
+        super().__post_init__()
+        check_shares(self, "off", "cut")
+        check_counts(self, "length", "batch_rows")
         if self.off + self.cut > 1:
             raise UserError(f"off {self.off} and cut {self.cut} are more than all; set cut to {1 - self.off:g} or less")
-        check_device(self.device)
 
 
 def encode(
@@ -118,18 +113,14 @@ def run(settings: SftSettings, inputs: Mapping[str, Path], out: Path, report: Re
     rows = read_rows(inputs["conversations"], "conversations", ["messages"])
     model, tokenizer = load(inputs["model"], torch_device(settings.device))
     counts = write_rows(settings, rows, tokenizer, out / "tokens", report)
-    source = Source(WholeDocuments(shards.TokenShards(out / "tokens" / "train"), settings.length, settings.seed),
-                    settings.batch_rows)  # fmt: skip
-    validation, how = None, settings.train
-    if (out / "tokens" / "heldout.idx").exists():
-        held = WholeDocuments(shards.TokenShards(out / "tokens" / "heldout"), settings.length, 0)
-        validation = Source(held, settings.batch_rows)
-        how = replace(how, validate_batches=min(how.validate_batches, -(-held.count // settings.batch_rows)))
-    if settings.lora is not None:
-        lora.attach(model, settings.lora, settings.seed)
-    figures = train(how, CrossEntropy(), source, validation, model, out, report)
-    if settings.lora is not None:
-        lora.save(model, out / "adapter", settings.lora, str(inputs["model"]))
-        lora.merge(model)
+
+    def packed(name: str, seed: int) -> Source:
+        return Source(
+            WholeDocuments(shards.TokenShards(out / "tokens" / name), settings.length, seed), settings.batch_rows
+        )
+
+    held = packed("heldout", 0) if (out / "tokens" / "heldout.idx").exists() else None
+    source = packed("train", settings.seed)
+    figures = tune(settings, CrossEntropy(), source, held, model, inputs, out, report, settings.lora)
     model.save(out / "model", resolve(inputs["model"]))
     return figures | counts
