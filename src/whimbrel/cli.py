@@ -51,6 +51,11 @@ STAGES = {
     "pretrain": "token shards to a model.",
     "tasks": "problems with solutions and a verifier.",
     "sft": "a model and conversations to a model that answers.",
+    "pairs": "answers drawn from a model, ranked by their verifier.",
+    "dpo": "pairs of answers to a model that prefers the better ones.",
+    "reward": "rated answers to a model that rates.",
+    "grpo": "prompts with a verifier to a model that is right more often.",
+    "merge": "two models of one shape to the best point between them.",
     "sample": "texts written by a model.",
 }
 

@@ -183,7 +183,8 @@ def reference(pairs: Pairs, model: LanguageModel, size: int, path: Path) -> NDAr
         some = [log_probs(model, pairs.of(every[at : at + size]))[0] for at in range(0, len(every), size)]
         with atomic_write(path, "wb") as file:
             np.save(file, torch.cat(some).float().cpu().numpy())
-    return np.load(path)  # type: ignore[no-any-return]
+    found: NDArray[np.float32] = np.load(path)
+    return found
 
 
 def run(settings: PreferenceSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:

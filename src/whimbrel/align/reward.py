@@ -71,7 +71,8 @@ def predict(model: LanguageModel, batch: RatedBatch) -> Tensor:
     """[S, A] attributes, read off the last token of each conversation; the model carries its head as `reward`."""
     rows_S = torch.from_numpy(np.cumsum(batch.lengths) - 1).to(model.device)
     layout = Layout.of(batch.lengths, rows=rows_S, device=model.device)
-    return model.reward(model(torch.from_numpy(batch.tokens_T).to(model.device), layout))  # type: ignore[no-any-return]
+    hidden_SD = model(torch.from_numpy(batch.tokens_T).to(model.device), layout)
+    return model.get_submodule("reward")(hidden_SD)
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,10 @@ class Ratings:
 
 def attach(model: LanguageModel, attributes: int) -> LanguageModel:
     """Give a model a head that says 0 to everything."""
-    model.reward = nn.Linear(model.config.hidden_size, attributes, device=model.device, dtype=model.dtype)
-    nn.init.zeros_(model.reward.weight)
-    nn.init.zeros_(model.reward.bias)
+    head = nn.Linear(model.config.hidden_size, attributes, device=model.device, dtype=model.dtype)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    model.reward = head
     return model
 
 
@@ -119,9 +121,7 @@ class RewardModel:
         self.weights: dict[str, float] = about["weights"]
         model, self.tokenizer = load(Path(folder), torch.device(device))
         self.model = attach(model, len(self.weights))
-        self.model.reward.load_state_dict(  # type: ignore[operator,union-attr]
-            {name.removeprefix("reward."): t for name, t in load_file(Path(folder) / "head.safetensors").items()}
-        )
+        self.model.load_state_dict(load_file(Path(folder) / "head.safetensors"), strict=False)
 
     @torch.inference_mode()
     def attributes(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Floats:
@@ -163,7 +163,7 @@ def run(settings: RewardSettings, inputs: Mapping[str, Path], out: Path, report:
         predicted_SA, labels_SA = _predict_all(model, ratings, held.numbers), ratings.labels_SA[held.numbers]
         for place, name in enumerate(settings.weights):
             figures[f"agreement_{name}"] = agreement(predicted_SA[:, place], labels_SA[:, place])
-    head = {f"reward.{name}": tensor.contiguous() for name, tensor in model.reward.state_dict().items()}  # type: ignore[operator,union-attr]
+    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("reward.")}
     del model.reward
     with atomic_write(out / "head.safetensors", "wb") as file:
         file.write(save(head))

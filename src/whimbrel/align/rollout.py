@@ -42,7 +42,9 @@ class Sample:
 
 def pack(samples: Sequence[Sample], tokens: int) -> list[PolicyBatch]:
     """Micro-batches of about this many tokens."""
-    batches, waiting, size = [], [], 0
+    batches: list[PolicyBatch] = []
+    waiting: list[Sample] = []
+    size = 0
     for sample in samples:
         length = len(sample.prompt) + len(sample.answer.ids)
         if waiting and size + length > tokens:
@@ -69,8 +71,11 @@ def _join(samples: Sequence[Sample]) -> PolicyBatch:
             targets.append(ids[place])
             gains.append(sample.advantage)
             drawn.append(logprobs[place])
-    lengths = tuple(len(sample.prompt) + len(sample.answer.ids) for sample in samples)
-    whole = (np.asarray(values, np.int64) for values in (rows, targets))
     return PolicyBatch(
-        np.asarray(tokens), lengths, *whole, np.asarray(gains, np.float32), np.asarray(drawn, np.float32)
+        np.asarray(tokens),
+        tuple(len(sample.prompt) + len(sample.answer.ids) for sample in samples),
+        np.asarray(rows, np.int64),
+        np.asarray(targets, np.int64),
+        np.asarray(gains, np.float32),
+        np.asarray(drawn, np.float32),
     )

@@ -115,9 +115,8 @@ def run(settings: SftSettings, inputs: Mapping[str, Path], out: Path, report: Re
     counts = write_rows(settings, rows, tokenizer, out / "tokens", report)
 
     def packed(name: str, seed: int) -> Source:
-        return Source(
-            WholeDocuments(shards.TokenShards(out / "tokens" / name), settings.length, seed), settings.batch_rows
-        )
+        tokens = shards.TokenShards(out / "tokens" / name)
+        return Source(WholeDocuments(tokens, settings.length, seed), settings.batch_rows)
 
     held = packed("heldout", 0) if (out / "tokens" / "heldout.idx").exists() else None
     source = packed("train", settings.seed)

@@ -1,4 +1,4 @@
-"""What the stages of this room share: rows of JSONL files, shuffled batches with a part held out, and one way to tune."""
+"""What the stages of this room share: rows of JSONL files, shuffled batches, one way to tune."""
 
 from __future__ import annotations
 
