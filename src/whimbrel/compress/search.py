@@ -55,7 +55,7 @@ class Axes:
         absent = {name for part, letter in PARTS.items() if letter not in parent.pattern for name in part}
         kinds = len(set(parent.pattern))
         grid["layers"] = tuple(n for n in grid["layers"] if n >= kinds)
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for name, given in vars(self).items():
             most, step = getattr(parent, name), steps.get(name, 1)
             if name in absent:

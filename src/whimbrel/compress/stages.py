@@ -31,7 +31,7 @@ from whimbrel.model.language import LanguageModel
 from whimbrel.train import threads
 from whimbrel.train.loop import TrainSettings, train
 from whimbrel.train.objective import CrossEntropy
-from whimbrel.train.stages import RowSettings, blend, token_folders
+from whimbrel.train.stages import RowSettings, blend, token_folders, torch_device
 from whimbrel.train.step import accumulate
 from whimbrel.units import parse_bytes
 
@@ -99,7 +99,7 @@ class CompressSettings(RowSettings):
 def run_compress(settings: CompressSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Cut the input `model` to the best shape within the bound, judged on the held-out rows of `tokens`."""
     folder, tokens = resolve(inputs["model"]), token_folders(inputs)
-    parent = LanguageModel.load(folder, device=settings.torch_device()).requires_grad_(False)
+    parent = LanguageModel.load(folder, device=torch_device(settings.device)).requires_grad_(False)
     source = blend(settings, tokens)
     validation, trial = settings.held_out(tokens, report)
     if validation is None:
@@ -180,7 +180,7 @@ def _write(front: Sequence[Candidate], out: Path, report: Report) -> None:
 
 def run_distill(settings: DistillSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Train the input `student` on `tokens` against the input `teacher`; goes on from what it finds in `out`."""
-    device, folder, tokens = settings.torch_device(), resolve(inputs["student"]), token_folders(inputs)
+    device, folder, tokens = torch_device(settings.device), resolve(inputs["student"]), token_folders(inputs)
     teacher = LanguageModel.load(inputs["teacher"], device=device)
     student = LanguageModel.load(folder, device=device)
     source = blend(settings, tokens)

@@ -19,7 +19,7 @@ from torch import nn
 from whimbrel.errors import UserError
 
 DECAYS = re.compile(
-    r"(^|\.)((embeddings|head|in_proj|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)\.weight|conv_weight)$"
+    r"(^|\.)((embeddings|head|in_proj|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj|reward)\.weight|conv_weight|lora_[AB])$"
 )
 STAYS = re.compile(r"(^|\.)((norm|norm_f)\.weight|(\w+_)?norm_weight|bias|(\w+_)?bias|A_log|D)$")
 

@@ -41,6 +41,19 @@ class BlendSettings:
     """How often a source may be seen at most, by name; others repeat as often as needed."""
 
 
+def check_device(device: str) -> None:
+    """Raise `UserError` unless it is a word for a device."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is {device!r}; set device to auto, cpu or cuda")
+
+
+def torch_device(device: str) -> torch.device:
+    """The device to train on."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu or auto")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class RowSettings:
     """What a stage that trains on token shards reads, and how."""
@@ -64,14 +77,7 @@ class RowSettings:
         for name in ("length", "batch_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; set {name} to 1 or more")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device is {self.device!r}; set device to auto, cpu or cuda")
-
-    def torch_device(self) -> torch.device:
-        """The device to train on."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu or auto")
-        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        check_device(self.device)
 
     def rows(self, shard: Path, seed: int) -> Windows | WholeDocuments:
         """The rows of one shard."""
@@ -128,7 +134,7 @@ def run(settings: PretrainSettings, inputs: Mapping[str, Path], out: Path, repor
 
 def _begin(settings: PretrainSettings, tokenizer: Tokenizer, start: Path | None) -> LanguageModel:
     """Random weights in the shape of the settings, or the weights of `start`, ready for texts of `length`."""
-    device = settings.torch_device()
+    device = torch_device(settings.device)
     if start is None:
         return LanguageModel(fitted(settings.model, tokenizer), device=device).initialise(settings.seed)
     if wrong := sorted(set(settings.model) - {"max_position_embeddings"}):

@@ -28,7 +28,9 @@ _Gradients = structure("ScanGradients", "dy dfinal dkept dx ddt da db dc dd dini
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
 def _pieces(lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where pieces begin (and T), the first of each sequence (and their number), the row of `keep` each ends with or -1."""
+    """Where pieces begin (and T); the first of each sequence (and their number); the row of `keep` each ends with, or
+    -1.
+    """
     begins, first, begin = [0], [0], 0
     for length in lengths:
         end = begin + length
