@@ -69,6 +69,21 @@ struct Matrix {
     int64_t outputs, inputs, kind, group;
 };
 
+// y = x W^T + bias, which may be null.
+struct Projection {
+    Matrix matrix;
+    const float* bias;
+};
+
+// y [rows, outputs] = act(norm(x) W^T + bias) + residual, for many rows.
+struct Gemm {
+    Projection weight;
+    const float *x, *norm, *norm_bias, *gate, *residual;
+    float* y;
+    int64_t rows, x_stride, gate_stride, groups, act;
+    float eps;
+};
+
 // y [rows, outputs] = x [rows, inputs] times weight [outputs, inputs] transposed, plus bias (may be null).
 struct Linear {
     const float *x, *weight, *bias;
@@ -104,6 +119,7 @@ WHIMBREL_EXPORT void whimbrel_conv_forward(const Conv* conv, int threads);
 WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
+WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_attention_step(const AttentionStep* step, int threads);
 WHIMBREL_EXPORT void whimbrel_mlp_step(const MlpStep* step, int threads);
