@@ -179,6 +179,26 @@ def plan(
 
 
 @app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")],
+    to: Annotated[str, typer.Option(help="The form: gguf, one file for llama.cpp.")] = "gguf",
+    kind: Annotated[str, typer.Option("--type", help="Numbers of the matrices: f32, f16, q8_0 or q4_0.")] = "f16",
+) -> None:
+    """Write a model in the form of another program, vocabulary and chat template included."""
+    from whimbrel.model.gguf_write import write
+
+    if to != "gguf":
+        raise UserError(f"to is {to!r}; set --to to gguf")
+    display = _display()
+    display.start("convert")
+    try:
+        typer.echo(write(model, out, kind, display.event))
+    finally:
+        display.stop()
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, which fast paths are active, and why not the others."""
     from whimbrel import doctor as examining
