@@ -55,6 +55,20 @@ struct GatedNormGradients {
     float *dy, *dgate, *dweight;  // dweight [threads, groups * width], as zeros
 };
 
+// A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
+// and the sums of 8 rows fall into 8 lanes; w = scale * code, one float16 scale for each row and `group` inputs (32, 64 or
+// 128, a divisor of inputs), scales [outputs / 8, inputs / group, 8]. A last panel that is not full has rows of scale 0.
+//   kind 0  float32 [outputs, inputs]
+//   kind 1  float16 [outputs, inputs]
+//   kind 2  int8 [outputs / 8, inputs / 4, 32]: byte 4r + i is row r, input 4k + i
+//   kind 3  4 bits [outputs / 8, inputs / 8, 32]: code + 8 of row b / 4, input 8k + b % 4 in the low half of byte b, and of
+//           4 inputs further in the high half
+struct Matrix {
+    const void* codes;
+    const uint16_t* scales;  // float16 bits; null for kinds 0 and 1
+    int64_t outputs, inputs, kind, group;
+};
+
 // y [rows, outputs] = x [rows, inputs] times weight [outputs, inputs] transposed, plus bias (may be null).
 struct Linear {
     const float *x, *weight, *bias;
