@@ -179,6 +179,28 @@ def plan(
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A preset (random weights), folder, .gguf file, fetched name, hub id."),
+    ],
+    context: Annotated[str, typer.Option(metavar="TOKENS,…", help="Lengths of prompts, and depths.")] = "512,4096",
+    batch: Annotated[str, typer.Option(metavar="N,…", help="Sequences that decode together.")] = "1,4,16",
+    dtype: Annotated[str, typer.Option(help="Weights: float32, float64, float16, int8 or int4.")] = "float32",
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 leaves the number to torch.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast a model reads prompts and decodes on this CPU, its shares of what is possible, and where the
+    time goes.
+    """
+    from whimbrel.engine import bench as measuring
+
+    lengths, sizes = measuring.numbers(context, "context"), measuring.numbers(batch, "batch")
+    found = measuring.run(model, lengths, sizes, dtype=dtype, threads=threads, report=_display().event)
+    typer.echo(json.dumps(found, indent=2) if as_json else measuring.as_text(found))
+
+
+@app.command()
 def convert(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")],
