@@ -97,13 +97,15 @@ def _watching_costs() -> float:
     return max(0.0, watched - plain - watch.seconds / 3) / calls
 
 
-def parts(work: Callable[[], object], seconds: float = SECONDS) -> tuple[float, dict[str, float]]:
+def parts(work: Callable[[], object], seconds: float) -> tuple[float, dict[str, float]]:
     """Median seconds of some work, and how they divide into native, torch and python, which add up to them.
 
     Plain and watched runs take turns. The plain ones give the time; the watched ones the shares, after what watching
     itself costs has been taken from python's.
     """
-    cost, plain, shares = _watching_costs(), [], []
+    cost = _watching_costs()
+    plain: list[float] = []
+    shares: list[tuple[float, float, float]] = []
     work()
     end = time.perf_counter() + seconds
     while len(plain) < 3 or time.perf_counter() < end:
@@ -136,14 +138,22 @@ class Task:
         self.tokens_T = torch.randint(model.config.vocab_size, (max(context, batch),))
 
     @torch.inference_mode()
-    def prefill(self) -> Tensor:
-        """Read one prompt as long as the context; its next token."""
-        for begin in range(0, self.context, PROMPT):
-            tokens_T = self.tokens_T[begin : min(begin + PROMPT, self.context)]
-            last = torch.tensor([len(tokens_T) - 1])
-            layout = Layout.of([len(tokens_T)], [begin], slots=self.slots_S[:1], block_table=self.table[:1], rows=last)
-            hidden_SD = self.model(tokens_T, layout, self.state)
+    def read(self, begin: int, tokens: int) -> Tensor:
+        """Read `tokens` tokens of one prompt that follow its first `begin`; the token after them."""
+        layout = Layout.of(
+            [tokens],
+            [begin],
+            slots=self.slots_S[:1],
+            block_table=self.table[:1],
+            rows=torch.tensor([tokens - 1]),
+        )
+        hidden_SD = self.model(self.tokens_T[begin : begin + tokens], layout, self.state)
         return self.model.head(hidden_SD).argmax(-1)
+
+    def prefill(self) -> None:
+        """Read one prompt as long as the context, as the engine does: so many tokens a step."""
+        for begin in range(0, self.context, PROMPT):
+            self.read(begin, min(PROMPT, self.context - begin))
 
     def fill(self) -> Task:
         """Random keys, values and recurrent states, as if the context had been read."""
@@ -163,13 +173,14 @@ class Task:
     def bytes(self, task: str) -> int:
         """Bytes that must move, from what is there: weights, keys and values read once, states read and written.
 
-        Of an untied embedding a step reads one row a token. A prompt reads the weights once every 512 tokens.
+        Of the embedding a step reads one row a sequence, besides the whole where it is the head too. A prompt reads
+        the weights and the keys before it once every 512 tokens.
         """
         model, held, config = self.model, self.state.bytes(), self.model.config
         tensors = [*model.parameters(), *model.buffers()]
         whole = sum(tensor.nbytes for tensor in tensors)
         table = sum(tensor.nbytes for tensor in (*model.embeddings.parameters(), *model.embeddings.buffers()))
-        weights = whole if config.tie_embeddings else whole - table + self.batch * table // config.vocab_size
+        weights = whole - table * (not config.tie_embeddings) + self.batch * table // config.vocab_size
         room = self.table.shape[1] * BLOCK
         kv = held["kv"] * (self.context + 1) // room
         states = 2 * (held["conv"] + held["ssm"])
@@ -238,10 +249,10 @@ def measure(task: Task, name: str, bandwidth: float, peak: float) -> Row:
     config, context = task.model.config, task.context
     if name == "prefill":
         tokens, flops = context, prompt_flops(config, context)
-        seconds, split = parts(task.prefill)
+        seconds, split = parts(task.prefill, SECONDS)
     else:
         tokens, flops = task.batch, task.batch * count.flops_per_token(config, context + 1)
-        seconds, split = parts(task.decode)
+        seconds, split = parts(task.decode, SECONDS)
     moved = task.bytes(name)
     return Row(
         name,
