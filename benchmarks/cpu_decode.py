@@ -22,7 +22,7 @@ TRIAL, SECONDS = 8, 1.0
 def together(shape: str, dtype: str, depth: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """A row: `batch` sequences of `depth` tokens get a token each, ours and llama.cpp in turn."""
     peer, file = options.peer, options.models.gguf(shape, THEIRS[dtype])
-    task = Task(options.models.ours(shape, dtype), depth, batch).fill()
+    task = Task(options.models.ours(shape, dtype), depth, batch)
     one = clocked(task.decode, 2) / 2
     steps = max(4, min(64, round(SECONDS / one)))
     room = {"context": depth + 96, "sequences": batch, "ubatch": 512}
@@ -62,7 +62,7 @@ def together(shape: str, dtype: str, depth: int, batch: int, options: argparse.N
 
 def twins(dtype: str, depth: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """A row: our hybrid beside our dense twin, and the ratio of the bytes that they move."""
-    tasks = {shape: Task(options.models.ours(shape, dtype), depth, batch).fill() for shape in ("hybrid", "dense")}
+    tasks = {shape: Task(options.models.ours(shape, dtype), depth, batch) for shape in ("hybrid", "dense")}
     steps = max(2, round(SECONDS / clocked(tasks["dense"].decode)))
     before = limits()
     ways = {shape: partial(clocked, task.decode, steps) for shape, task in tasks.items()}

@@ -25,7 +25,7 @@ STRETCH, LONG = 512, 2048
 def prompt(shape: str, dtype: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """A row: one prompt of this length."""
     peer, models = options.peer, options.models
-    task = Task(models.ours(shape, dtype), length, 1).fill()
+    task = Task(models.ours(shape, dtype), length, 1)
     depths = [0] if length == STRETCH else [0, (length - STRETCH) // 2, length - STRETCH]
     weights = [1.0] if length == STRETCH else [0.25, 0.5, 0.25]
     count, middle = length // STRETCH, depths[len(depths) // 2]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,29 +27,30 @@ def model() -> LanguageModel:
 
 @pytest.mark.parametrize("task", ["prefill", "decode"])
 def test_the_parts_add_up_to_the_wall(model: LanguageModel, task: str) -> None:
-    row = bench.measure(bench.Task(model, 40, 2).fill(), task, **MACHINE)
-    parts = (row.native_seconds, row.torch_seconds, row.python_seconds)
-    assert sum(parts) == pytest.approx(row.seconds)
-    assert min(parts) >= 0 < row.torch_seconds
-    assert (row.native_seconds > 0) == (cpu.isa() is not None)
-    assert row.tokens_per_second == pytest.approx((40 if task == "prefill" else 2) / row.seconds)
-    assert row.bandwidth_share == pytest.approx(row.bytes_per_token * row.tokens_per_second / 1e10)
-    assert row.peak_share == pytest.approx(row.flops_per_token * row.tokens_per_second / 1e11)
+    row = bench.measure(bench.Task(model, 40, 2), task, **MACHINE)
+    parts = [row[f"{part}_seconds"] for part in ("native", "torch", "python")]
+    assert sum(parts) == pytest.approx(row["seconds"])
+    assert min(parts) >= 0 < row["torch_seconds"]
+    assert (row["native_seconds"] > 0) == (cpu.isa() is not None)
+    rate = row["tokens_per_second"]
+    assert rate == pytest.approx((40 if task == "prefill" else 2) / row["seconds"])
+    assert row["bandwidth_share"] == pytest.approx(row["bytes_per_token"] * rate / 1e10)
+    assert row["peak_share"] == pytest.approx(row["flops_per_token"] * rate / 1e11)
 
 
 def test_time_goes_where_it_is_spent() -> None:
     """Work of each kind alone is counted as that kind."""
     matrix = torch.randn(300, 300)
-    _, split = bench.parts(lambda: matrix @ matrix @ matrix, 0.1)
-    assert split["torch_seconds"] > 0.8 * sum(split.values())
-    _, split = bench.parts(lambda: sum(range(20_000)), 0.1)
-    assert split["python_seconds"] > 0.9 * sum(split.values())
+    split = bench.parts(lambda: matrix @ matrix @ matrix, 0.1)
+    assert split["torch_seconds"] > 0.8 * split["seconds"]
+    split = bench.parts(lambda: sum(range(20_000)), 0.1)
+    assert split["python_seconds"] > 0.9 * split["seconds"]
     if cpu.isa() is None:
         pytest.skip("no native library")
     rows, weight = torch.randn(4, 2048), torch.randn(4096, 2048)
     with torch.inference_mode():
-        _, split = bench.parts(lambda: cpu.linear(rows, weight), 0.1)
-    assert split["native_seconds"] > 0.8 * sum(split.values())
+        split = bench.parts(lambda: cpu.linear(rows, weight), 0.1)
+    assert split["native_seconds"] > 0.8 * split["seconds"]
 
 
 def test_calls_are_timed_only_inside_the_block() -> None:
@@ -111,7 +111,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         torch.set_num_threads(threads)
     assert (found["model"], found["dtype"], found["threads"]) == ("hybrid-tiny", "int8", 1)
     assert {"parameters", "native", "bandwidth", "peak"} <= set(found)
-    assert set(found["rows"][0]) == {field.name for field in fields(bench.Row)}
+    assert set(found["rows"][0]) == {
+        "task", "context", "batch", "tokens_per_second", "seconds", "native_seconds", "torch_seconds", "python_seconds",
+        "bytes_per_token", "flops_per_token", "bandwidth_share", "peak_share",
+    }  # fmt: skip
     tasks = [(row["task"], row["context"], row["batch"]) for row in found["rows"]]
     assert tasks == [("prefill", c, 1) for c in (5, 9)] + [("decode", c, b) for c in (5, 9) for b in (1, 2)]
     assert len(text.splitlines()) == 3 + len(tasks)
@@ -119,12 +122,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 def test_a_folder_is_measured_with_its_own_weights(tmp_path, model: LanguageModel) -> None:
     model.save(tmp_path / "m")
-    for dtype in ("float32", "float64", "int4"):
-        loaded = bench.load(str(tmp_path / "m"), dtype)
-        assert loaded.dtype == (torch.float64 if dtype == "float64" else torch.float32)
-        tokens = torch.arange(7)[None]
-        close = 0.5 if dtype == "int4" else 1e-4
-        assert (loaded(tokens) - model(tokens)).abs().max() <= close * model(tokens).abs().max()
+    tokens = torch.arange(7)[None]
+    for dtype, close in (("float32", 0.0), ("float16", 0.01), ("int8", 0.1), ("int4", 1.0)):
+        off = (bench.load(str(tmp_path / "m"), dtype)(tokens) - model(tokens)).abs().max() / model(tokens).abs().max()
+        assert 0.01 * close <= off <= close
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,3 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], words: tuple[
     err = capsys.readouterr().err
     assert part in err
     assert err.count("\n") == 1
-
-
-def test_work_that_takes_no_time_still_divides() -> None:
-    median, split = bench.parts(lambda: time.sleep(0), 0.0)
-    assert sum(split.values()) == pytest.approx(median)

@@ -94,9 +94,8 @@ _clocks: list[Clock] = []
 @contextmanager
 def timed() -> Iterator[Clock]:
     """Count the time of native calls inside the block; outside of one a call costs nothing more."""
-    clock = Clock()
-    _clocks.append(clock)
+    _clocks.append(clock := Clock())
     try:
         yield clock
     finally:
-        _clocks.remove(clock)
+        _clocks.pop()
