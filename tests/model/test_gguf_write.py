@@ -157,7 +157,8 @@ def test_transformers_reads_the_same_model(tmp_path: Path, config: ModelConfig) 
     [
         ({"mamba_bias": True}, "mamba_bias is True"),
         ({"time_step_limit": (0.0, 0.5)}, "time_step_limit"),
-        ({"pattern": "M-M-"}, "no attention layer"),
+        ({"pattern": "M-M-"}, "needs both"),
+        ({"pattern": "*-*-"}, "needs both"),
         ({"eos_token_id": (2, 3, 4, 5)}, "room for 3"),
     ],
 )

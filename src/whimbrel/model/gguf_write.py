@@ -90,8 +90,8 @@ def _check(config: ModelConfig) -> None:
                 f"{name} is {getattr(config, name)}, which llama.cpp does not compute for {family}; "
                 f"only {name} {value} can be written as GGUF"
             )
-    if MAMBA in config.pattern and ATTENTION not in config.pattern:
-        raise UserError(f"pattern {config.pattern} has no attention layer, and llama.cpp's nemotron_h needs one")
+    if family == "nemotron_h" and not {MAMBA, ATTENTION} <= set(config.pattern):
+        raise UserError(f"pattern is {config.pattern}; llama.cpp's nemotron_h needs both Mamba-2 (M) and attention (*)")
 
 
 def _made(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
