@@ -87,12 +87,16 @@ def test_fewer_bits_move_fewer_bytes() -> None:
 
 
 def test_decoding_at_a_depth_is_decoding_after_a_prompt(model: LanguageModel) -> None:
-    """The same state, the same token: what is timed is what an engine computes."""
+    """The same state, the same token at the same place: what is timed is what an engine computes."""
     task = bench.Task(model, 21, 1)
     task.prefill()
+    keys = {layer: side.clone() for layer, side in task.state.k.items()}
     tokens = torch.cat([task.tokens_T[:21], task.tokens_T[:1]])
     with torch.inference_mode():
         assert task.decode().tolist() == model(tokens[None])[0, -1:].argmax(-1).tolist()
+    for layer, side in task.state.k.items():
+        changed = (side != keys[layer]).flatten(0, 1).flatten(1).any(1)
+        assert changed.nonzero().flatten().tolist() == [21]
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -103,13 +107,13 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SECONDS", 0.01)
     threads = torch.get_num_threads()
-    options = ("--context", "5,9", "--batch", "1,2", "--threads", "1")
+    options = ("--context", "5,9", "--batch", "1,2", "--threads", "2")
     try:
         found = json.loads(said(capsys, "hybrid-tiny", *options, "--dtype", "int8", "--json"))
         text = said(capsys, "dense-tiny", *options)
     finally:
         torch.set_num_threads(threads)
-    assert (found["model"], found["dtype"], found["threads"]) == ("hybrid-tiny", "int8", 1)
+    assert (found["model"], found["dtype"], found["threads"]) == ("hybrid-tiny", "int8", 2)
     assert {"parameters", "native", "bandwidth", "peak"} <= set(found)
     assert set(found["rows"][0]) == {
         "task", "context", "batch", "tokens_per_second", "seconds", "native_seconds", "torch_seconds", "python_seconds",
