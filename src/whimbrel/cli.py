@@ -179,6 +179,38 @@ def plan(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    to: Annotated[str, typer.Option(help="int8 or int4.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where to write.")],
+    group: Annotated[int, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")] = 32,
+    method: Annotated[str, typer.Option(help="rtn (to the nearest) or gptq (calibrated on --text).")] = "rtn",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Plain text like what the model will read; may be given again."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Numbers to compute with: float32; float16 needs half the memory.")] = (
+        "float32"
+    ),
+) -> None:
+    """Write a model whose matrices have few bits; perplexity before and after stands in its card.
+
+    The new folder is used as any other model is: `whimbrel chat FOLDER`.
+    """
+    from whimbrel.compress.quantize import quantize as work
+
+    display = _display()
+    display.start("quantize")
+    try:
+        made = work(model, out, to=to, group=group, method=method, texts=text or (), dtype=dtype, report=display.event)
+    finally:
+        display.stop()
+    for name, value in made.facts(dtype).items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(out)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, which fast paths are active, and why not the others."""
     from whimbrel import doctor as examining

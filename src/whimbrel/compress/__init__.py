@@ -1,0 +1,1 @@
+"""Models made smaller: weights of few bits."""
