@@ -149,4 +149,4 @@ def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
         sink.write(len(head).to_bytes(8, "little") + head)
         for name in order:
             numbers = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            sink.write(memoryview(numbers.numpy()))
+            numbers.numpy().tofile(sink)
