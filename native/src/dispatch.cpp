@@ -13,8 +13,7 @@
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
     void linear(const Linear&, int);                                              \
-    void attention_step(const AttentionStep&, int);                               \
-    void mlp_step(const MlpStep&, int);                                           \
+    void decode(const Decode&, int);                                              \
     }
 
 DECLARE(baseline)
@@ -35,20 +34,19 @@ struct Form {
     void (*gated_norm_forward)(const GatedNorm&, int);
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
     void (*linear)(const Linear&, int);
-    void (*attention_step)(const AttentionStep&, int);
-    void (*mlp_step)(const MlpStep&, int);
+    void (*decode)(const Decode&, int);
 };
 
 #define FORM(isa, here)                                                                                           \
     Form{#isa, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,      \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::linear, whimbrel::isa::attention_step, whimbrel::isa::mlp_step}
+         whimbrel::isa::linear, whimbrel::isa::decode}
 
 const Form forms[] = {
 #ifdef WHIMBREL_X86
     FORM(avx512, [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"); }),
-    FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
+    FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
 #endif
     FORM(baseline, [] { return true; }),
 };
@@ -93,7 +91,5 @@ void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradient
 
 void whimbrel_linear(const Linear* linear, int threads) { now->linear(*linear, threads); }
 
-void whimbrel_attention_step(const AttentionStep* step, int threads) { now->attention_step(*step, threads); }
-
-void whimbrel_mlp_step(const MlpStep* step, int threads) { now->mlp_step(*step, threads); }
+void whimbrel_decode(const Decode* decode, int threads) { now->decode(*decode, threads); }
 }
