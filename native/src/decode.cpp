@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "attend.h"
-#include "product.h"
+#include "rows.h"
 #include "scratch.h"
 
 namespace whimbrel::WHIMBREL_ISA {

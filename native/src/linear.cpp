@@ -1,6 +1,6 @@
-// The matrix product of product.h by itself.
+// The matrix product of rows.h by itself.
 
-#include "product.h"
+#include "rows.h"
 #include "scratch.h"
 
 namespace whimbrel::WHIMBREL_ISA {

@@ -11,7 +11,7 @@ import resource
 import pytest
 import torch
 from instruction_sets import ISAS, gap, instruction_set
-from test_product import rounded
+from test_rows import rounded
 
 from whimbrel import ops
 from whimbrel.model import LanguageModel, Layout, ModelConfig, State

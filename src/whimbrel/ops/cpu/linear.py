@@ -1,4 +1,4 @@
-"""The native matrix product for a few rows (native/src/product.cpp): decoding reads every weight for little work."""
+"""The native matrix product for a few rows (native/src/rows.cpp): decoding reads every weight for little work."""
 
 from __future__ import annotations
 

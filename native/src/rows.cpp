@@ -1,6 +1,6 @@
-// The products of product.h, one kernel for rows of floats and one each for panels of 8 and of 4 bits.
+// The products of rows.h, one kernel for rows of floats and one each for panels of 8 and of 4 bits.
 
-#include "product.h"
+#include "rows.h"
 
 #include <cmath>
 
