@@ -11,19 +11,22 @@
 
 extern "C" {
 
-// A scan over T tokens cut into sequences. x [T, H, P], dt [T, H], b and c [T, G, N] may be slices of wider rows: *_stride is
-// the distance between tokens in floats (dt, y and all gradients are dense). initial may be null. final [S, H, P, N].
+// A scan over T tokens cut into S sequences, each cut into pieces: piece i is tokens pieces[i] … pieces[i + 1], and sequence s has
+// pieces first[s] … first[s + 1]. x [T, H, P], dt [T, H], b and c [T, G, N] may be slices of wider rows: *_stride is the distance
+// between tokens in floats (dt, y and all gradients are dense). initial may be null. final [S, H, P, N]; kept [K, H, P, N] takes the
+// state after piece i as its row slots[i] (-1: not asked for); saved [pieces, H, P, N] that before each piece but the first of a
+// sequence, for the backward pass; null without one.
 struct Scan {
     const float *x, *dt, *a, *b, *c, *d, *initial;
-    float *y, *final;
-    const int64_t* offsets;  // [S + 1]
+    float *y, *final, *kept, *saved;
+    const int64_t *pieces, *first, *slots;
     int64_t sequences, heads, width, groups, size;
     int64_t x_stride, b_stride, c_stride;
 };
 
-// Gradients of a scan; da, dd are [S, H], one row a sequence.
+// Gradients of a scan; da, dd are [S, H], one row a sequence. dfinal and dkept may be null (zeros), dinitial too (not wanted).
 struct ScanGradients {
-    const float *dy, *dfinal;
+    const float *dy, *dfinal, *dkept;
     float *dx, *ddt, *da, *db, *dc, *dd, *dinitial;
 };
 
@@ -75,7 +78,16 @@ struct Projection {
     const float* bias;
 };
 
-// The projection of x [rows, inputs] to y [rows, outputs].
+// y [rows, outputs] = act(norm(x) W^T + bias) + residual, for many rows.
+struct Gemm {
+    Projection weight;
+    const float *x, *norm, *norm_bias, *gate, *residual;
+    float* y;
+    int64_t rows, x_stride, gate_stride, groups, act;
+    float eps;
+};
+
+// The projection of x [rows, inputs] to y [rows, outputs], for a few rows.
 struct Linear {
     Projection weight;
     const float* x;
@@ -117,6 +129,7 @@ WHIMBREL_EXPORT void whimbrel_conv_forward(const Conv* conv, int threads);
 WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
+WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from whimbrel import ops
+from whimbrel.errors import UserError
 from whimbrel.model.attention import Attention
 from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
 from whimbrel.model.decoding import Decoder
@@ -98,6 +99,11 @@ class LanguageModel(nn.Module):
         """
         if layout is None:
             batch, length = tokens.shape
+            if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+                raise UserError(
+                    f"tokens run from {int(tokens.min())} to {int(tokens.max())}; set each from 0 to "
+                    f"{self.config.vocab_size - 1}, as this model's vocab_size is {self.config.vocab_size}"
+                )
             flat = Layout.of([length] * batch, device=tokens.device)
             return self.head(self(tokens.flatten(), flat)).unflatten(0, (batch, length))
         if state is not None and layout.only_decodes:
