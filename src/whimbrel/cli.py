@@ -189,6 +189,48 @@ def plan(
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A preset (random weights), folder, .gguf file, fetched name, hub id."),
+    ],
+    context: Annotated[str, typer.Option(metavar="TOKENS,…", help="Lengths of prompts, and depths.")] = "512,4096",
+    batch: Annotated[str, typer.Option(metavar="N,…", help="Sequences that decode together.")] = "1,4,16",
+    dtype: Annotated[str, typer.Option(help="Bits of the weights: float32, float16, int8 or int4.")] = "float32",
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 leaves the number to torch.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast a model reads prompts and decodes on this CPU, its shares of what is possible, and where the
+    time goes.
+    """
+    from whimbrel.engine import bench as measuring
+
+    lengths, sizes = measuring.numbers(context, "context"), measuring.numbers(batch, "batch")
+    found = measuring.run(model, lengths, sizes, dtype, threads, _display().event)
+    typer.echo(json.dumps(found, indent=2) if as_json else measuring.as_text(found))
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.")],
+    to: Annotated[str, typer.Option(help="The form: gguf, one file for llama.cpp.")] = "gguf",
+    kind: Annotated[str, typer.Option("--type", help="Numbers of the matrices: f32, f16, q8_0 or q4_0.")] = "f16",
+) -> None:
+    """Write a model in the form of another program, vocabulary and chat template included."""
+    from whimbrel.model.gguf_write import write
+
+    if to != "gguf":
+        raise UserError(f"to is {to!r}; set --to to gguf")
+    display = _display()
+    display.start("convert")
+    try:
+        typer.echo(write(model, out, kind, display.event))
+    finally:
+        display.stop()
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, which fast paths are active, and why not the others."""
     from whimbrel import doctor as examining

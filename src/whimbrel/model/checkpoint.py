@@ -127,17 +127,19 @@ def load(
         raise UserError(f"dtype is {dtype!r}; {nearest(str(dtype), DTYPES)} (set dtype to one of {', '.join(DTYPES)})")
     path = resolve(source)
     config = load_config(path)
-    weights: Source
-    if path.is_file() or (list(path.glob("*.gguf")) and not list(path.glob("*.safetensors"))):
-        weights = gguf.GGUF(_gguf_in(path))
-        names = gguf.names(config)
-    else:
-        weights = tensors.SafeTensors(path)
-        names = families.names(config)
-    table = _table(names, weights, path)
+    weights, table = opened(path, config)
     model = LanguageModel(config, device="meta", dtype=kind)
     fill(model, weights, table, torch.device(device), path)
     return model
+
+
+def opened(path: Path, config: ModelConfig) -> tuple[Source, dict[str, str]]:
+    """Where a resolved model's tensors lie, and our name of each -> its name there; `UserError` if they do not fit."""
+    if path.is_file() or (list(path.glob("*.gguf")) and not list(path.glob("*.safetensors"))):
+        file = gguf.GGUF(_gguf_in(path))
+        return file, _table(gguf.names(config), file, path)
+    folder = tensors.SafeTensors(path)
+    return folder, _table(families.names(config), folder, path)
 
 
 def _table(names: Mapping[str, str], source: Source, where: Path) -> dict[str, str]:
