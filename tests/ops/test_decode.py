@@ -1,8 +1,8 @@
 """A step of decoding in one native call, against the model in `ops/torch`: hidden state and all that it writes.
 
-In float32, with weights of 32 or 16 bits: 2e-5 of the largest value. With whole numbers the twin rounds activations in the
-same way, but a last bit that differs before rounding becomes a whole step, 1/127, after it, and goes on from layer to layer:
-1e-2 of the largest value, and 1e-3 in the mean square.
+In float32, with weights of 32 or 16 bits: 2e-5 of the largest value. With whole numbers the twin rounds activations
+alike, but a last bit that differs before rounding becomes a whole step, 1/127, after it, and goes on from layer to
+layer: 1e-2 of the largest value, and 1e-3 in the mean square.
 """
 
 import copy
@@ -113,8 +113,8 @@ def test_whole_numbers(name, sequences, bits, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hybrid", "qwen", "plain", "biased"])
 def test_keys_and_values_in_float16(name):
-    # The twin reads keys and values of 16 bits with weights in float32, as the library does. 1e-3: the present token's are
-    # rounded from numbers whose last bits differ.
+    # The twin reads keys and values of 16 bits with weights in float32, as the library does. 1e-3: the present token's
+    # are rounded from numbers whose last bits differ.
     agree(random_model({**NETWORKS, **ODD}[name]), 3, 1e-3, torch.float16)
 
 

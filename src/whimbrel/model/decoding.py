@@ -23,7 +23,8 @@ from whimbrel.model.positions import frequencies
 from whimbrel.model.state import State
 from whimbrel.ops.cpu import Decode, Matrix, Projection, fits, network, readable
 
-# Of each mixer: its number in the library; its projections, in the library's order; its own parameters and their names there.
+# Of each mixer: its number in the library; its projections, in the library's order; its own parameters and their names
+# there.
 _MIXERS: dict[type, tuple[int, tuple[str, str, str, str], dict[str, str]]] = {
     Mamba2: (
         0,
@@ -75,7 +76,8 @@ class Decoder:
         return self.step.run(tokens_S, layout.slots, layout.key_counts(), layout.block_table)
 
     def _look(self) -> tuple[list[Any], list[int]]:
-        return [place.get(name) for place, name in self.modules], [place[name].data_ptr() for place, name in self.tensors]
+        modules = [place.get(name) for place, name in self.modules]
+        return modules, [place[name].data_ptr() for place, name in self.tensors]
 
     def _tell(self, model: Any) -> None:
         """Describe a model to the library; `step` is None if it has a part that the library does not have."""
