@@ -44,7 +44,7 @@ class Decode(ctypes.Structure):
     )
 
     def run(self, tokens_S: Tensor, slots_S: Tensor, lengths_S: Tensor, table: Tensor | None) -> Tensor:
-        """hidden_SD after the final norm. All int64; `lengths` counts the keys with the present one; table [S, blocks]."""
+        """hidden_SD after the final norm. int64 all; `lengths` counts the keys with the present; table [S, blocks]."""
         hidden_SD = torch.empty(len(tokens_S), self.width)
         self.rows, self.tokens, self.slots = len(tokens_S), tokens_S.data_ptr(), slots_S.data_ptr()
         self.lengths, self.hidden = lengths_S.data_ptr(), hidden_SD.data_ptr()
