@@ -1,0 +1,66 @@
+"""Sentences and words of English as IFEval's rules count them: the decisions of NLTK's Punkt and Treebank, not their data.
+
+Punkt (Kiss and Strunk 2006) has learned from a newspaper which words are abbreviations and which begin sentences; here
+two short lists of our own stand for that. Ends of lines end no sentence, as there.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof rev hon st sr jr gen col capt lt sgt gov sen rep messrs inc corp co ltd bros vs "
+    "u.s u.k u.n d.c ph.d m.d a.m p.m jan feb aug sept oct nov dec ave r.i j.p l.a n.y n.j a.d b.c".split()
+)
+_OPENERS = frozenset(
+    "the a an this that these those it he she they we you his her its their our your my in on at for from with without by "
+    "when while where what who how why if as but and or so then there here however also once after before since because "
+    "although some many most all each every both another other such one two finish use make let take write read "
+    "go get keep start try now today first next finally please remember always never just".split()
+)
+_FOLLOWING = frozenset("()\"'{}[]*:;@?!‘’“”«»")
+_INNER = re.compile(r"[(\"`{\[:;&#*@)}\],]|--")
+
+
+def count(text: str) -> int:
+    """The number of sentences of a text; 0 for an empty one."""
+    chunks = (re.sub(r"[\s\"')\]}‘’“”«»]+$", "", text) or text).split()
+    ends = (_ends(chunk, following) for chunk, following in zip(chunks, [*chunks[1:], ""], strict=True))
+    return bool(chunks) + sum(ends)
+
+
+def _ends(chunk: str, following: str) -> bool:
+    """Does a sentence end in this piece between white space? Its last sign that something can follow decides."""
+    for place in range(len(chunk) - 1, -1, -1):
+        if chunk[place] in ".?!":
+            after = chunk[place + 1 : place + 2]
+            if after in _FOLLOWING if after else following:
+                return chunk[place] != "." or _stops(_INNER.split(chunk[: place + 1])[-1], after or following)
+    return False
+
+
+def _stops(word: str, following: str) -> bool:
+    """Is the point at the end of a word that of a sentence, whose next word (or sign) would be `following`?"""
+    kind = word[:-1].lower()
+    start = following.lstrip("\"'([{*")[:1]
+    opens = start.isupper() and re.split(r"[^\w]", following.lstrip("\"'([{*"))[0].lower() in _OPENERS
+    if word.endswith("..") or kind in _ABBREVIATIONS or kind.rpartition("-")[2] in _ABBREVIATIONS:
+        return opens
+    if re.fullmatch(r"[^\W\d_]", kind):
+        return opens or not start.isalpha()
+    return not (re.fullmatch(r"-?[.,]?\d[\d,.-]*", kind) and start.islower())
+
+
+_SPLIT = re.compile(r"\.\.+|--|[–;@#$%&?!*\[\](){}<>\"“”„«»‘’`]+|[:,](?!\d)|\s+")
+_JOINED = re.compile(r"(?i)\b(can)(not)\b|\b(gim|lem)(me)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(d)('ye)\b|\b(more)('n)\b")
+_CONTRACTED = re.compile(r"(?i)(n't|'(?:s|m|d|ll|re|ve))\.?$|'$")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, contractions cut (`DON'T` is `DO` and `N'T`), in the manner of the Penn Treebank."""
+    found = []
+    text = _JOINED.sub(lambda match: " ".join(filter(None, match.groups())), text)
+    for word in _SPLIT.split(text):
+        cut = _CONTRACTED.search(word)
+        found += [word[: cut.start()], cut[0]] if cut and cut.start() else [word]
+    return [word for word in found if word]
