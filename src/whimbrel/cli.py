@@ -49,6 +49,7 @@ STAGES = {
     "tokenizer": "a vocabulary learned from documents.",
     "tokens": "documents to token shards.",
     "pretrain": "token shards to a model.",
+    "evaluate": "problems answered by a model, scored, with intervals.",
     "sample": "texts written by a model.",
 }
 

@@ -28,6 +28,7 @@ ABOUT = {
     "tokenizer": "documents to a vocabulary",
     "tokens": "documents to token shards",
     "pretrain": "tokens to a model",
+    "evaluate": "problems answered and scored",
     "sample": "the model writes",
 }
 SHOWN = {

@@ -69,6 +69,14 @@ STAGES: Mapping[str, Stage] = {
             "train.tensorboard",
         ),
     ),
+    "evaluate": Stage(
+        settings="whimbrel.evaluate.stages:EvaluateSettings",
+        run="whimbrel.evaluate.stages:run",
+        version=1,
+        inputs=("model",),
+        optional=("tasks", "text", "baseline"),
+        free=("threads", "generations"),
+    ),
     "sample": Stage(
         settings="whimbrel.pipeline.sample:SampleSettings",
         run="whimbrel.pipeline.sample:run",

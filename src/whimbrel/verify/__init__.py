@@ -30,7 +30,7 @@ def known(name: str) -> str:
     return name
 
 
-def verify(name: str, response: str, expected: Any, detect: instructions.Detect | None = None) -> Verdict:
+def judge(name: str, response: str, expected: Any, detect: instructions.Detect | None = None) -> Verdict:
     """Hold a response against what its problem expects; an error of the grader is a verdict, never an exception.
 
     Of a response with thinking tags only what follows the last closing one is read; an open thought is no answer.
@@ -38,10 +38,16 @@ def verify(name: str, response: str, expected: Any, detect: instructions.Detect 
     """
     closed = response.rpartition("</think>")[2]
     text = "" if closed.lstrip().startswith("<think>") else closed
+    grade = VERIFIERS[known(name)]
     try:
-        return VERIFIERS[name](text, expected, *([detect] if name == "instructions" else []))
+        return grade(text, expected, *([detect] if name == "instructions" else []))
     except Exception as error:
         return Verdict("grader error", details={"error": f"{type(error).__name__}: {error}"})
 
 
-__all__ = ["VERIFIERS", "Outcome", "Verdict", "known", "verify"]
+def check(name: str, response: str, expected: Any) -> bool:
+    """Is the response right? The short form of `judge`, for rewards."""
+    return judge(name, response, expected).outcome == "correct"
+
+
+__all__ = ["VERIFIERS", "Outcome", "Verdict", "check", "judge", "known"]

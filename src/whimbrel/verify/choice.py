@@ -1,4 +1,4 @@
-"""The letter of a multiple choice: boxed, after `answer is` / `answer:`, or a line by itself such as `(B)` or `B. a dog`."""
+"""The letter of a multiple choice: boxed, after `answer is` or `answer:`, or a line such as `(B)` or `B. yes`."""
 
 from __future__ import annotations
 

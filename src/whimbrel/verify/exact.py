@@ -9,7 +9,7 @@ from whimbrel.verify.verdict import Verdict
 
 
 def check(text: str, expected: object) -> Verdict:
-    """The whole text is the expected one, or one of a list of them, but for white space and Unicode's composed forms."""
+    """The whole text is the expected one, or one of a list of them, but for white space and composed Unicode."""
     given = normal(text)
     wanted = [normal(str(one)) for one in (expected if isinstance(expected, list) else [expected])]
     return Verdict("correct" if given in wanted else "wrong", given[:200]) if given else Verdict("no answer")
@@ -21,7 +21,7 @@ def normal(text: str) -> str:
 
 
 def check_needle(text: str, expected: object) -> Verdict:
-    """The expected digits occur in the text and no other number of as many digits does: quoting all of them is wrong."""
+    """The expected number occurs in the text and no other one of as many digits: quoting all of them is wrong."""
     found = list(dict.fromkeys(re.findall(rf"(?<!\d)\d{{{len(str(expected))}}}(?!\d)", text)))
     if not found:
         return Verdict("no answer")

@@ -1,8 +1,8 @@
 """IFEval's verifiable instructions (Zhou et al. 2023, arXiv 2311.07911): 25 rules on the text of an answer.
 
 The verdicts are those of lm-eval's rules, oddities and all, so that figures compare; `docs/verify.md` says where a
-verdict can differ. `strict` reads the answer as it is; `loose` is content if one of eight forms follows the rule: with or without
-its first line, its last line, and its asterisks.
+verdict can differ. `strict` reads the answer as it is; `loose` is content if one of eight forms follows the rule: with
+or without its first line, its last line, and its asterisks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from whimbrel.verify import sentences
-from whimbrel.verify.verdict import Verdict
+from whimbrel.verify.verdict import Outcome, Verdict
 
 Detect = Callable[[str], str]
 """The language of a text as an ISO 639-1 code; empty where it cannot be told."""
@@ -94,8 +94,8 @@ def _in(language: str, text: str, detect: Detect) -> bool:
 
 RULES: Mapping[str, Callable[..., bool]] = {
     "keywords:existence": lambda t, _, keywords: all(re.search(k, t, re.I) for k in keywords),
-    "keywords:forbidden_words": lambda t, _, forbidden_words: not any(
-        re.search(rf"\b{word}\b", t, re.I) for word in forbidden_words
+    "keywords:forbidden_words": lambda t, _, forbidden_words: (
+        not any(re.search(rf"\b{word}\b", t, re.I) for word in forbidden_words)
     ),
     "keywords:frequency": lambda t, _, keyword, frequency, relation: _compare(
         len(re.findall(keyword.strip(), t, re.I)), relation, frequency
@@ -143,7 +143,7 @@ RULES: Mapping[str, Callable[..., bool]] = {
 
 
 def follow(text: str, instruction: str, arguments: Mapping[str, Any], detect: Detect) -> bool:
-    """Does a text follow one instruction? Arguments that are empty are left out; an unknown instruction is a KeyError."""
+    """Does a text follow one instruction? Empty arguments are left out; an unknown instruction is a KeyError."""
     given = {name: value for name, value in arguments.items() if value}
     return bool(text.strip()) and bool(RULES[instruction](text, detect, **given))
 
@@ -160,5 +160,5 @@ def check(text: str, expected: Mapping[str, Sequence[Any]], detect: Detect) -> V
     pairs = list(zip(expected["instructions"], expected["arguments"], strict=True))
     strict = [follow(text, name, arguments, detect) for name, arguments in pairs]
     loose = [any(follow(form, name, arguments, detect) for form in forms(text)) for name, arguments in pairs]
-    outcome = "no answer" if not text.strip() else "correct" if all(strict) else "wrong"
+    outcome: Outcome = "no answer" if not text.strip() else "correct" if all(strict) else "wrong"
     return Verdict(outcome, None, {"strict": strict, "loose": loose})

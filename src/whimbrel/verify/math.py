@@ -1,9 +1,9 @@
 """Final answers of mathematics, compared as exact fractions.
 
 Read are, the first kind that occurs: `\\boxed{…}`, a line `#### …`, `answer is …` / `answer: …`, or a text that is
-nothing but a number. All of that kind must agree. Numbers may have a sign, a currency, separators of thousands (comma or
-space, groups of three), a point, be a fraction (`3/4`, `\\frac{3}{4}`, `1 \\frac{1}{2}`), and be followed by a unit. What
-is no number is compared as text. Not done: algebra (`x+1` is not `1+x`), roots, powers, tuples in another order.
+nothing but a number. All of that kind must agree. Numbers may have a sign, a currency, separators of thousands (comma
+or space, groups of three), a point, be a fraction (`3/4`, `\\frac{3}{4}`, `1 \\frac{1}{2}`), and be followed by a
+unit. What is no number is compared as text. Not done: algebra (`x+1` is not `1+x`), roots, powers, sets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check(text: str, expected: object) -> Verdict:
 
 def finals(text: str) -> list[str]:
     """Every final answer of the first kind that occurs, in order."""
-    return boxed(text) or _LINE.findall(text) or said(text) or ([text] if read(text) else [])
+    return boxed(text) or _LINE.findall(text) or said(text) or ([text] if "=" not in text and read(text) else [])
 
 
 def read(text: str) -> tuple[Fraction, bool] | None:

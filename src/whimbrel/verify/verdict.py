@@ -11,15 +11,10 @@ Outcome = Literal["correct", "wrong", "no answer", "grader error"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`wrong` is an answer that was read and is not right; `no answer` has none to read; `grader error` is our fault."""
+    """`wrong`: an answer was read and is not right; `no answer`: there was none to read; `grader error`: our fault."""
 
     outcome: Outcome
     extracted: str | None = None
     """What was taken for the answer, in a form in which equal answers are equal texts; None if nothing was."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """More, by verifier: `strict` and `loose` of each instruction, or the `error`."""
-
-    @property
-    def reward(self) -> float:
-        """1.0 for a correct answer, else 0.0."""
-        return float(self.outcome == "correct")
