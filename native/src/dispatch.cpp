@@ -12,6 +12,7 @@
     void conv_backward(const Conv&, const ConvGradients&, int);                   \
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
+    void gemm(const Gemm&, int);                                                  \
     void linear(const Linear&, int);                                              \
     void attention_step(const AttentionStep&, int);                               \
     void mlp_step(const MlpStep&, int);                                           \
@@ -34,6 +35,7 @@ struct Form {
     void (*conv_backward)(const Conv&, const ConvGradients&, int);
     void (*gated_norm_forward)(const GatedNorm&, int);
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
+    void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*attention_step)(const AttentionStep&, int);
     void (*mlp_step)(const MlpStep&, int);
@@ -42,13 +44,13 @@ struct Form {
 #define FORM(isa, here)                                                                                           \
     Form{#isa, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,      \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::linear, whimbrel::isa::attention_step, whimbrel::isa::mlp_step}
+         whimbrel::isa::gemm, whimbrel::isa::linear, whimbrel::isa::attention_step, whimbrel::isa::mlp_step}
 
 const Form forms[] = {
 #ifdef WHIMBREL_X86
     FORM(avx512, [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"); }),
-    FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }),
+    FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
 #endif
     FORM(baseline, [] { return true; }),
 };
@@ -90,6 +92,8 @@ void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads) { now->gate
 void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads) {
     now->gated_norm_backward(*norm, *gradients, threads);
 }
+
+void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 
 void whimbrel_linear(const Linear* linear, int threads) { now->linear(*linear, threads); }
 

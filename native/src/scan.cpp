@@ -1,37 +1,39 @@
-// The scan of Mamba-2 (arXiv 2405.21060, section 6), forward and backward, as a recurrence that lives in the L1 cache.
+// The scan of Mamba-2 (arXiv 2405.21060, section 6), forward and backward, in chunks of 32 tokens that lie in the caches.
 //
-//   S_t = exp(dt_t a) S_{t-1} + u_t B_t^T      u_t = dt_t x_t,  S is P x N
-//   y_t = S_t C_t + D x_t
+//   S_t = exp(dt_t a) S_{t-1} + dt_t x_t B_t^T      y_t = S_t C_t + D x_t      S is P x N
 //
-// One kernel does all the work. It carries a matrix M of `rows` x `lanes` through the tokens of one sequence and one head:
+// With L_ij the product of the decays of tokens j+1 ... i of a chunk (0 for j > i), E_i that from its start to i, F_j that from
+// j to its end, S the state before it, and (CB)_ij = C_i . B_j, which the heads of a group share:
 //
-//   M <- decay M + row_in (x) lane_in          out[lanes] += row_out . M
+//   y   = E_i (S C_i) + sum_j W_ij x_j                   W_ij = (CB)_ij L_ij dt_j, plus D where i = j
+//   S'  = E_last S + sum_j F_j dt_j x_j B_j^T
 //
-//   forward          rows N, lanes P   row_in B   lane_in u   row_out C    out y
-//   gradient of C    rows P, lanes N   row_in u   lane_in B   row_out dy   out dC
-// and, with M the gradient of the state, backwards in time,
-//   gradient of u    rows N, lanes P   row_in C   lane_in dy  row_out B    out du
-//   gradient of B    rows P, lanes N   row_in dy  lane_in C   row_out u    out dB
+// and backwards, with dS the gradient of the state after the chunk and G_ij = (dy_i . x_j) L_ij dt_j summed over the heads:
 //
-// The gradient of the decays needs no state: with r_t = <dS_t, S_t>, one has <dS_t, decay_t S_{t-1}> = r_t - u_t . du_t and
-// r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that. Rounding errors of this running difference are cut off every `span` blocks
-// of tokens, where r is computed from a state that the gradient of C left behind.
+//   du_j = F_j (dS B_j) + sum_i (CB)_ij L_ij dy_i        dx_j = dt_j du_j + D dy_j
+//   dB_j = sum_heads F_j dt_j (dS^T x_j) + sum_i G_ij C_i
+//   dC_i = sum_heads E_i (S^T dy_i) + sum_j G_ij B_j
+//   dS'  = E_last dS + sum_i E_i dy_i C_i^T
 //
-// Tokens are worked on in blocks; rows that are not whole vectors are copied and padded with zeros.
+// All of these are small products of packed matrices (product.h). L is built row by row, L_i = decay_i L_{i-1}: no exponential but
+// those of single tokens, and none that could overflow.
+//
+// The gradient of the decays needs no states: with r_t = <dS_t, S_t>, one has <dS_t, decay_t S_{t-1}> = r_t - dt_t (x_t . du_t)
+// and r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that. Rounding errors of this running difference are cut off at the end of each
+// chunk, where r is computed from the two states.
+//
+// The caller cuts a sequence into pieces of some hundred tokens. The forward pass keeps one state a piece; the backward pass
+// takes the pieces from the last to the first and computes the states between the chunks of one piece again.
 
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
-#include "vector.h"
+#include "product.h"
 #include "whimbrel.h"
 
 namespace whimbrel::WHIMBREL_ISA {
 namespace {
 
-constexpr int64_t block = 32;                       // tokens
-constexpr int64_t span = 2;                         // blocks from one kept state to the next
-constexpr int tile = WHIMBREL_LANES == 16 ? 2 : 1;  // vectors of lanes held in registers at a time, for four tokens
+constexpr float least = 1e-30f;  // products of decays below this are 0, long before numbers become slow
 
 float dot(const float* x, const float* y, int64_t n) {
     vec total{};
@@ -42,302 +44,357 @@ float dot(const float* x, const float* y, int64_t n) {
     return rest;
 }
 
-// A token's part of one kernel call.
-struct Token {
-    float decay;
-    const float* row_in;
-    const float* lane_in;
-    const float* row_out;
-    float* out;
-};
-
-template <int width>
-void advance_one(float* m, int64_t rows, int64_t stride, const Token& t, int64_t at) {
-    vec lane[width], out[width];
-    for (int i = 0; i < width; i++) lane[i] = load(t.lane_in + at + i * lanes), out[i] = vec{};
-    const vec decay = broadcast(t.decay);
-    for (int64_t r = 0; r < rows; r++) {
-        float* row = m + r * stride + at;
-        const vec in = broadcast(t.row_in[r]), weight = broadcast(t.row_out[r]);
-        for (int i = 0; i < width; i++) {
-            const vec v = load(row + i * lanes) * decay + in * lane[i];
-            store(row + i * lanes, v);
-            out[i] += weight * v;
-        }
-    }
-    for (int i = 0; i < width; i++) store(t.out + at + i * lanes, out[i]);
-}
-
-// What four tokens contribute to each other's outputs, and how they fade, apart from M: with D_k the decay from before the
-// first to token k, out_k = D_k (row_out_k . M) + sum_{j <= k} mix_kj lane_in_j, and M' = D_3 M + sum_j fade_j row_in_j (x) lane_in_j.
-struct Four {
-    Token t[4];
-    float decay[4], fade[4], mix[3][3];
-
-    Four(const Token& a, const Token& b, const Token& c, const Token& d, int64_t rows) : t{a, b, c, d} {
-        decay[0] = a.decay;
-        for (int k = 1; k < 4; k++) decay[k] = decay[k - 1] * t[k].decay;
-        fade[3] = 1.0f;
-        for (int k = 2; k >= 0; k--) fade[k] = fade[k + 1] * t[k + 1].decay;
-        for (int k = 0; k < 3; k++) {
-            float between = 1.0f;
-            for (int j = k; j >= 0; j--) {
-                mix[k][j] = between * dot(t[k].row_out, t[j].row_in, rows);
-                between *= t[j].decay;
-            }
-        }
-    }
-};
-
-// Four tokens in one pass over M: a quarter of the loads and stores, and nine products where one by one take twelve.
-template <int width>
-void advance_four(float* m, int64_t rows, int64_t stride, const Four& f, int64_t at) {
-    vec lane[4][width], out[4][width];
-    for (int k = 0; k < 4; k++)
-        for (int i = 0; i < width; i++) lane[k][i] = load(f.t[k].lane_in + at + i * lanes) * f.fade[k], out[k][i] = vec{};
-    const vec decay = broadcast(f.decay[3]);
-    for (int64_t r = 0; r < rows; r++) {
-        float* row = m + r * stride + at;
-        for (int i = 0; i < width; i++) {
-            const vec v = load(row + i * lanes);
-            vec next = v * decay;
-            for (int k = 0; k < 3; k++) out[k][i] += broadcast(f.t[k].row_out[r]) * v;
-            for (int k = 0; k < 4; k++) next += broadcast(f.t[k].row_in[r]) * lane[k][i];
-            out[3][i] += broadcast(f.t[3].row_out[r]) * next;
-            store(row + i * lanes, next);
-        }
-    }
-    for (int k = 0; k < 4; k++)
-        for (int i = 0; i < width; i++) {
-            vec y = k < 3 ? out[k][i] * f.decay[k] : out[k][i];
-            for (int j = 0; j <= k && k < 3; j++) y += load(f.t[j].lane_in + at + i * lanes) * f.mix[k][j];
-            store(f.t[k].out + at + i * lanes, y);
-        }
-}
-
-// Carries M through `count` tokens, four at a time; `token(i)` describes the i-th, whichever way time runs.
-template <class Describe>
-void run(std::vector<float>& matrix, int64_t rows, int64_t stride, int64_t count, Describe token) {
-    float* m = matrix.data();
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-        const Four four(token(i), token(i + 1), token(i + 2), token(i + 3), rows);
-        int64_t at = 0;
-        for (; at + tile * lanes <= stride; at += tile * lanes) advance_four<tile>(m, rows, stride, four, at);
-        for (; at < stride; at += lanes) advance_four<1>(m, rows, stride, four, at);
-    }
-    for (; i < count; i++) {
-        const Token t = token(i);
-        int64_t at = 0;
-        for (; at + tile * lanes <= stride; at += tile * lanes) advance_one<tile>(m, rows, stride, t, at);
-        for (; at < stride; at += lanes) advance_one<1>(m, rows, stride, t, at);
-    }
-}
-
-// Sums over the heads of a group: the first head sets, the others add.
-void put(float* to, const float* x, int64_t n, bool first) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) to[i] = first ? x[i] : to[i] + x[i];
-}
-
 // Neighbouring tokens of a head lie pages apart, where no hardware looks ahead: ask for a row long before it is needed.
 void fetch(const float* row, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(row + i);
 }
 
-// Rows of one block of tokens: in place where they are whole vectors already, else copied and padded with zeros.
-struct Rows {
-    int64_t width, padded;
-    std::vector<float> scratch;
-    const float* first = nullptr;
-    int64_t stride = 0;
-
-    explicit Rows(int64_t width) : width(width), padded(round_up(width)), scratch(padded == width ? 0 : block * padded) {}
-
-    void read(const float* from, int64_t from_stride, int64_t count) {
-        first = from, stride = from_stride;
-        if (padded == width) return;
-        for (int64_t i = 0; i < count; i++) std::copy_n(from + i * from_stride, width, &scratch[i * padded]);
-        first = scratch.data(), stride = padded;
-    }
-    const float* operator[](int64_t i) const { return first + i * stride; }
-};
-
-// One head of one sequence, and scratch rows for one block of its tokens. P is padded to `wide`, N to `deep`.
-struct Head {
+// Sizes of one call, and how its pointers are walked. P is padded to `wide`, N to `deep`; rows of scratch are w_row, d_row apart.
+struct Shape {
     const Scan& s;
-    const int64_t h, g, begin, length, state, wide, deep;
-    std::vector<float> decay, u, by_width, by_size, y, z, states;
-    double da = 0, dd = 0, behind = 0;
-    const bool leads;  // the first head of its group
-    Rows b, c, dy;
+    const int64_t shared, wide, deep, w_row, d_row;
 
-    Head(const Scan& scan, int64_t sequence, int64_t head)
-        : s(scan), h(head), g(head / (scan.heads / scan.groups)), begin(scan.offsets[sequence]),
-          length(scan.offsets[sequence + 1] - begin), state((sequence * scan.heads + head) * scan.width * scan.size),
-          wide(round_up(scan.width)), deep(round_up(scan.size)), decay(block + 1), u(block * wide),
-          by_width(s.size * wide), by_size(s.width * deep), y(block * wide), z(block * deep),
-          leads(head % (scan.heads / scan.groups) == 0), b(s.size), c(s.size), dy(s.width) {}
+    explicit Shape(const Scan& scan)
+        : s(scan), shared(scan.heads / scan.groups), wide(round_up(scan.width)), deep(round_up(scan.size)),
+          w_row(pitch(scan.width)), d_row(pitch(scan.size)) {}
 
-    const float* x(int64_t t) const { return s.x + (begin + t) * s.x_stride + h * s.width; }
-    int64_t at(int64_t t) const { return (begin + t) * s.heads + h; }
-    float decay_at(int64_t t) const { return t < length ? fast_exp(s.dt[at(t)] * s.a[h]) : 1.0f; }
+    const float* x(int64_t t, int64_t h) const { return s.x + t * s.x_stride + h * s.width; }
+    const float* b(int64_t t, int64_t g) const { return s.b + t * s.b_stride + g * s.size; }
+    const float* c(int64_t t, int64_t g) const { return s.c + t * s.c_stride + g * s.size; }
+    int64_t at(int64_t t, int64_t h) const { return t * s.heads + h; }
+    int64_t state(int64_t row, int64_t h) const { return (row * s.heads + h) * s.width * s.size; }
+    int64_t first(int64_t sequence) const { return s.pieces[s.first[sequence]]; }
+};
 
-    // Asks for the rows of tokens from … from + count, clipped to the sequence.
-    void ask(int64_t from, int64_t count, const float* gradient, const float* output) const {
-        for (int64_t t = std::max<int64_t>(from, 0); t < std::min(from + count, length); t++) {
-            fetch(x(t), s.width);
-            fetch(s.b + (begin + t) * s.b_stride + g * s.size, s.size);
-            fetch(s.c + (begin + t) * s.c_stride + g * s.size, s.size);
-            if (gradient) fetch(gradient + at(t) * s.width, s.width);
-            if (output) fetch(output + at(t) * s.width, s.width);
-        }
-    }
+// The decays of one head over one chunk.
+struct alignas(64) Decays {
+    float dt[chunk], from_start[chunk], to_end[chunk], weight[chunk];  // E, F, and F dt
+    float between[chunk * chunk] = {};                                 // L
+    float fade = 1.0f;
 
-    // Prepares tokens from … from + count; decay[i] is that of token from + i, one more than the block has.
-    void read(int64_t from, int64_t count, const float* gradient) {
-        b.read(s.b + (begin + from) * s.b_stride + g * s.size, s.b_stride, count);
-        c.read(s.c + (begin + from) * s.c_stride + g * s.size, s.c_stride, count);
-        if (gradient) dy.read(gradient + at(from) * s.width, s.heads * s.width, count);
+    void read(const Shape& k, int64_t from, int64_t count, int64_t h, bool all) {
+        float decay[chunk];
+        for (int64_t i = 0; i < count; i++) dt[i] = k.s.dt[k.at(from + i, h)];
+        for (int64_t i = count; i < chunk; i++) dt[i] = 0.0f;
+        const float a = k.s.a[h];
+        for (int64_t i = 0; i < chunk; i++) decay[i] = fast_exp(dt[i] * a);
+        float gone = 1.0f;
         for (int64_t i = 0; i < count; i++) {
-            const float dt = s.dt[at(from + i)], *row = x(from + i);
-            float* to = &u[i * wide];
-            decay[i] = decay_at(from + i);
-            for (int64_t p = 0; p < s.width; p++) to[p] = dt * row[p];
+            gone *= decay[i];
+            from_start[i] = gone = gone > least ? gone : 0.0f;
         }
-        decay[count] = decay_at(from + count);
-    }
-
-    // Is the state after the block that begins here kept? After every `span` blocks, and at the end.
-    bool keeps(int64_t from) const { return from / block % span == span - 1 || from + block >= length; }
-
-    // A state [P, N] into and out of both ways of holding it.
-    void take(const float* state_PN) {
-        for (int64_t p = 0; p < s.width; p++)
-            for (int64_t n = 0; n < s.size; n++)
-                by_width[n * wide + p] = by_size[p * deep + n] = state_PN ? state_PN[p * s.size + n] : 0.0f;
-    }
-    void give(float* state_PN) const {
-        for (int64_t p = 0; p < s.width; p++)
-            for (int64_t n = 0; n < s.size; n++) state_PN[p * s.size + n] = by_width[n * wide + p];
+        fade = gone, gone = 1.0f;
+        for (int64_t i = count - 1; i >= 0; i--) {
+            to_end[i] = gone = gone > least ? gone : 0.0f;
+            weight[i] = gone * dt[i];
+            gone *= decay[i];
+        }
+        if (!all) return;
+        between[0] = 1.0f;
+        for (int64_t i = 1; i < count; i++) {
+            for (int64_t j = 0; j < i; j += lanes) {
+                const vec v = load(between + (i - 1) * chunk + j) * decay[i];
+                store(between + i * chunk + j, v > least ? v : vec{});
+            }
+            between[i * chunk + i] = 1.0f;
+        }
     }
 };
 
-void forward_block(Head& k, int64_t from) {
-    const Scan& s = k.s;
-    const int64_t count = std::min(block, k.length - from);
-    k.read(from, count, nullptr);
-    k.ask(from + block, block, nullptr, nullptr);
-    run(k.by_width, s.size, k.wide, count, [&](int64_t i) {
-        return Token{k.decay[i], k.b[i], &k.u[i * k.wide], k.c[i], &k.y[i * k.wide]};
-    });
-    for (int64_t i = 0; i < count; i++) {
-        const float *x = k.x(from + i), *y = &k.y[i * k.wide], d = s.d[k.h];
-        float* to = s.y + k.at(from + i) * s.width;
-#pragma omp simd
-        for (int64_t p = 0; p < s.width; p++) to[p] = y[p] + d * x[p];
+void scale_rows(const float* from, int64_t row, int64_t high, int64_t wide, const float* factor, float* to) {
+    for (int64_t r = 0; r < high; r++)
+        for (int64_t i = 0; i < wide; i += lanes) store(to + r * row + i, load(from + r * row + i) * factor[r]);
+}
+
+// B and C of one group over one chunk, by rows and turned, and C B^T.
+struct Pair {
+    float *b, *c, *b_turned, *c_turned, *cb;
+
+    Pair(const Shape& k, Arena& arena)
+        : b(arena.take(chunk * k.d_row)), c(arena.take(chunk * k.d_row)), b_turned(arena.take(k.deep * chunk)),
+          c_turned(arena.take(k.deep * chunk)), cb(arena.take(chunk * chunk)) {}
+
+    void read(const Shape& k, int64_t from, int64_t count, int64_t g) {
+        const int64_t high = round_up(count);
+        pack(k.b(from, g), k.s.b_stride, count, k.s.size, b, k.d_row);
+        pack(k.c(from, g), k.s.c_stride, count, k.s.size, c, k.d_row);
+        transpose(b, k.d_row, high, k.deep, b_turned, chunk);
+        transpose(c, k.d_row, high, k.deep, c_turned, chunk);
+        multiply({.a = c_turned, .b = b_turned, .a_row = 1, .a_step = chunk, .b_step = chunk, .depth = k.s.size,
+                  .out = cb, .out_row = chunk, .lower = true},
+                 count, high);
     }
+};
+
+// The state of a head as [deep, w_row] (N by P) from and to the caller's [P, N].
+void take_turned(const Shape& k, const float* from, float* scratch, float* to) {
+    pack(from, k.s.size, k.s.width, k.s.size, scratch, k.d_row);
+    transpose(scratch, k.d_row, k.wide, k.deep, to, k.w_row);
+}
+void give_turned(const Shape& k, const float* from, float* scratch, float* to) {
+    transpose(from, k.w_row, k.deep, k.wide, scratch, k.d_row);
+    for (int64_t p = 0; p < k.s.width; p++) std::copy_n(scratch + p * k.d_row, k.s.size, to + p * k.s.size);
 }
 
-// Forwards in time, M = S as P rows of N lanes: the gradient of C, and S after every block.
-void gradient_of_c(Head& k, const ScanGradients& out, int64_t from) {
-    const Scan& s = k.s;
-    const int64_t count = std::min(block, k.length - from);
-    k.read(from, count, out.dy);
-    k.ask(from + block, block, out.dy, nullptr);
-    run(k.by_size, s.width, k.deep, count, [&](int64_t i) {
-        return Token{k.decay[i], &k.u[i * k.wide], k.b[i], k.dy[i], &k.z[i * k.deep]};
-    });
-    for (int64_t i = 0; i < count; i++)
-        put(out.dc + ((k.begin + from + i) * s.groups + k.g) * s.size, &k.z[i * k.deep], s.size, k.leads);
-    if (k.keeps(from)) k.states.insert(k.states.end(), k.by_size.begin(), k.by_size.end());
-}
+struct Forward : Shape {
+    Arena arena;
+    Pair pair;
+    Decays decays;
+    float *x, *scaled, *mix, *y, *scratch, *states;
 
-// Backwards in time with M = dS held both ways. The decay between tokens t+1 and t belongs to t+1.
-void backward_block(Head& k, const ScanGradients& out, int64_t from) {
-    const Scan& s = k.s;
-    const int64_t wide = k.wide, deep = k.deep, count = std::min(block, k.length - from), last = count - 1;
-    if (from + count < k.length) k.read(from, count, out.dy);  // the last block is still there from the gradient of C
-    k.ask(from - block, block, out.dy, s.y);
-    // <decay_{t+1} dS_{t+1}, S_t> at the last token t of the block: carried on, or afresh where S_t was kept.
-    if (k.keeps(from))
-        k.behind = dot(&k.states[from / block / span * s.width * deep], k.by_size.data(), s.width * deep) * k.decay[count];
-    double behind = k.behind;
-    run(k.by_width, s.size, wide, count, [&](int64_t i) {
-        const int64_t t = last - i;
-        return Token{k.decay[t + 1], k.c[t], k.dy[t], k.b[t], &k.y[t * wide]};
-    });
-    run(k.by_size, s.width, deep, count, [&](int64_t i) {
-        const int64_t t = last - i;
-        return Token{k.decay[t + 1], k.dy[t], k.c[t], &k.u[t * wide], &k.z[t * deep]};
-    });
-    const float a = s.a[k.h], d = s.d[k.h];
-    for (int64_t t = last; t >= 0; t--) {
-        const int64_t at = k.at(from + t);
-        const float *x = k.x(from + t), *g = k.dy[t], *du = &k.y[t * wide], dt = s.dt[at];
-        const float skip = dot(g, x, s.width), pull = dot(du, x, s.width);
-        const double r = behind + dot(g, s.y + at * s.width, s.width) - static_cast<double>(d) * skip;
-        behind = r - static_cast<double>(dt) * pull;
-        out.ddt[at] = static_cast<float>(a * behind) + pull;
-        k.da += dt * behind, k.dd += skip;
-        float* dx = out.dx + at * s.width;
-#pragma omp simd
-        for (int64_t p = 0; p < s.width; p++) dx[p] = dt * du[p] + d * g[p];
-        put(out.db + ((k.begin + from + t) * s.groups + k.g) * s.size, &k.z[t * deep], s.size, k.leads);
+    explicit Forward(const Scan& scan)
+        : Shape(scan), arena(chunk * (2 * d_row + 2 * deep + 3 * w_row + 2 * chunk) + wide * d_row + shared * deep * w_row + 256),
+          pair(*this, arena), x(arena.take(chunk * w_row)), scaled(arena.take(chunk * w_row)), mix(arena.take(chunk * chunk)),
+          y(arena.take(chunk * w_row)), scratch(arena.take(wide * d_row)), states(arena.take(shared * deep * w_row)) {}
+
+    void run_chunk(int64_t from, int64_t count, int64_t h, float* state, bool empty) {
+        pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
+        decays.read(*this, from, count, h, true);
+        scale_rows(x, w_row, count, wide, decays.weight, scaled);
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t j = 0; j <= i; j += lanes)
+                store(mix + i * chunk + j, load(pair.cb + i * chunk + j) * load(decays.between + i * chunk + j) * load(decays.dt + j));
+            mix[i * chunk + i] += s.d[h];
+        }
+        multiply({.a = pair.c_turned, .b = state, .a_row = 1, .a_step = chunk, .b_step = w_row, .depth = empty ? 0 : s.size,
+                  .scale = decays.from_start, .c = mix, .d = x, .c_row = chunk, .c_step = 1, .d_step = w_row, .tokens = count,
+                  .order = Product::past, .out = y, .out_row = w_row},
+                 count, wide);
+        multiply({.a = pair.b_turned, .b = scaled, .a_row = chunk, .a_step = 1, .b_step = w_row, .depth = count,
+                  .base = empty ? nullptr : state, .fade = decays.fade, .out = state, .out_row = w_row},
+                 s.size, wide);
+        for (int64_t i = 0; i < count; i++) std::copy_n(y + i * w_row, s.width, s.y + at(from + i, h) * s.width);
     }
-    k.behind = behind;
-}
 
-// Heads that one thread works on together, block by block, because they share B and C.
-std::vector<Head> heads_of(const Scan& s, int64_t sequence, int64_t first, int64_t count) {
-    std::vector<Head> heads;
-    heads.reserve(count);
-    for (int64_t i = 0; i < count; i++) heads.emplace_back(s, sequence, first + i);
-    return heads;
-}
-
-void forward_heads(const Scan& s, int64_t sequence, int64_t first, int64_t count) {
-    std::vector<Head> heads = heads_of(s, sequence, first, count);
-    for (Head& k : heads) k.take(s.initial ? s.initial + k.state : nullptr);
-    for (int64_t from = 0; from < heads[0].length; from += block)
-        for (Head& k : heads) forward_block(k, from);
-    for (Head& k : heads) k.give(s.final + k.state);
-}
-
-void backward_heads(const Scan& s, const ScanGradients& out, int64_t sequence, int64_t first, int64_t count) {
-    std::vector<Head> heads = heads_of(s, sequence, first, count);
-    const int64_t length = heads[0].length, blocks = (length + block - 1) / block;
-    for (Head& k : heads) k.take(s.initial ? s.initial + k.state : nullptr);
-    for (int64_t i = 0; i < blocks; i++)
-        for (Head& k : heads) gradient_of_c(k, out, i * block);
-    for (Head& k : heads) k.take(out.dfinal + k.state);
-    for (int64_t i = blocks - 1; i >= 0; i--)
-        for (Head& k : heads) backward_block(k, out, i * block);
-    for (Head& k : heads) {
-        out.da[sequence * s.heads + k.h] = static_cast<float>(k.da);
-        out.dd[sequence * s.heads + k.h] = static_cast<float>(k.dd);
-        k.give(out.dinitial + k.state);
-        const float decay = k.decay_at(0);
-        for (int64_t i = 0; i < s.width * s.size; i++) out.dinitial[k.state + i] *= decay;
+    // Heads first … first + count of one group and one sequence.
+    void run(int64_t sequence, int64_t first_head, int64_t count) {
+        const int64_t g = first_head / shared, end = s.pieces[s.first[sequence + 1]];
+        const auto state = [&](int64_t i) { return states + i * deep * w_row; };
+        bool empty = !s.initial;
+        for (int64_t i = 0; i < count && !empty; i++)
+            take_turned(*this, s.initial + Shape::state(sequence, first_head + i), scratch, state(i));
+        for (int64_t piece = s.first[sequence]; piece < s.first[sequence + 1]; piece++) {
+            for (int64_t from = s.pieces[piece]; from < s.pieces[piece + 1]; from += chunk) {
+                const int64_t size = std::min(chunk, s.pieces[piece + 1] - from);
+                pair.read(*this, from, size, g);
+                for (int64_t t = from + chunk; t < std::min(from + 2 * chunk, end); t++) {
+                    fetch(b(t, g), s.size), fetch(c(t, g), s.size);
+                    fetch(Shape::x(t, first_head), count * s.width);
+                }
+                for (int64_t i = 0; i < count; i++) run_chunk(from, size, first_head + i, state(i), empty);
+                empty = false;
+            }
+            const bool last = piece + 1 == s.first[sequence + 1];
+            for (int64_t i = 0; i < count; i++) {
+                if (s.saved && !last) give_turned(*this, state(i), scratch, s.saved + Shape::state(piece + 1, first_head + i));
+                if (s.slots[piece] >= 0) give_turned(*this, state(i), scratch, s.kept + Shape::state(s.slots[piece], first_head + i));
+            }
+        }
+        for (int64_t i = 0; i < count; i++) {
+            float* final = s.final + Shape::state(sequence, first_head + i);
+            if (empty) std::fill_n(final, s.width * s.size, 0.0f);  // no token, and no state before it
+            else give_turned(*this, state(i), scratch, final);
+        }
     }
-}
+};
+
+struct Backward : Shape {
+    const ScanGradients& out;
+    const int64_t most;  // chunks of a piece
+    Arena arena;
+    Pair pair;
+    Decays decays;
+    float *x, *dy, *du, *scaled, *x_turned, *dy_turned, *mix, *pairs, *sums, *db, *dc, *ds, *ds_turned, *chain;
+    std::vector<double> behind, da, dd;
+
+    Backward(const Scan& scan, const ScanGradients& gradients, int64_t most_chunks)
+        : Shape(scan), out(gradients), most(most_chunks),
+          arena(chunk * (4 * d_row + 2 * deep + 4 * w_row + 2 * wide + 4 * chunk) + deep * w_row +
+                shared * wide * d_row * (most + 2) + 512),
+          pair(*this, arena), x(arena.take(chunk * w_row)), dy(arena.take(chunk * w_row)), du(arena.take(chunk * w_row)),
+          scaled(arena.take(chunk * w_row)), x_turned(arena.take(wide * chunk)), dy_turned(arena.take(wide * chunk)),
+          mix(arena.take(chunk * chunk)), pairs(arena.take(chunk * chunk)), sums(arena.take(chunk * chunk)),
+          db(arena.take(chunk * d_row)), dc(arena.take(chunk * d_row)), ds(arena.take(shared * wide * d_row)),
+          ds_turned(arena.take(deep * w_row)), chain(arena.take(shared * wide * d_row * (most + 1))), behind(shared),
+          da(shared), dd(shared) {}
+
+    // State before chunk k of the present piece, [P, d_row].
+    float* before(int64_t i, int64_t k) { return chain + (i * (most + 1) + k) * wide * d_row; }
+    float* gradient(int64_t i) { return ds + i * wide * d_row; }
+
+    void restore_chunk(int64_t from, int64_t count, int64_t g, int64_t k, bool empty) {
+        pack(b(from, g), s.b_stride, count, s.size, pair.b, d_row);
+        for (int64_t i = 0; i < shared; i++) {
+            const int64_t h = g * shared + i;
+            decays.read(*this, from, count, h, false);
+            pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
+            scale_rows(x, w_row, count, wide, decays.weight, scaled);
+            multiply({.a = scaled, .b = pair.b, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
+                      .base = empty ? nullptr : before(i, k), .fade = decays.fade, .out = before(i, k + 1), .out_row = d_row},
+                     s.width, deep);
+        }
+    }
+
+    // empty: the state before the chunk is zero; idle: so is the gradient of the state after it; start: nobody asks for the one before.
+    void head(int64_t from, int64_t count, int64_t g, int64_t i, int64_t k, bool empty, bool idle, bool start) {
+        const int64_t h = g * shared + i, high = round_up(count);
+        pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
+        pack(out.dy + at(from, h) * s.width, s.heads * s.width, count, s.width, dy, w_row);
+        transpose(x, w_row, high, wide, x_turned, chunk);
+        transpose(dy, w_row, high, wide, dy_turned, chunk);
+        decays.read(*this, from, count, h, true);
+        multiply({.a = dy_turned, .b = x_turned, .a_row = 1, .a_step = chunk, .b_step = chunk, .depth = s.width,
+                  .out = pairs, .out_row = chunk, .lower = true},
+                 count, high);
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t j = 0; j <= r; j += lanes) {
+                const int64_t place = r * chunk + j;
+                const vec between = load(decays.between + place);
+                const vec own = load(pairs + place) * between * load(decays.dt + j);
+                store(mix + place, load(pair.cb + place) * between);
+                store(sums + place, i ? load(sums + place) + own : own);
+            }
+        const bool last = i + 1 == shared;
+        multiply({.a = dy_turned, .b = before(i, k), .a_row = 1, .a_step = chunk, .b_step = d_row, .depth = empty ? 0 : s.width,
+                  .scale = decays.from_start, .c = sums, .d = pair.b, .c_row = chunk, .c_step = 1, .d_step = d_row,
+                  .tokens = count, .order = last ? Product::past : Product::none, .base = i ? dc : nullptr, .out = dc,
+                  .out_row = d_row},
+                 count, deep);
+        multiply({.a = x_turned, .b = gradient(i), .a_row = 1, .a_step = chunk, .b_step = d_row, .depth = idle ? 0 : s.width,
+                  .scale = decays.weight, .c = sums, .d = pair.c, .c_row = 1, .c_step = chunk, .d_step = d_row,
+                  .tokens = count, .order = last ? Product::future : Product::none, .base = i ? db : nullptr, .out = db,
+                  .out_row = d_row},
+                 count, deep);
+        if (!idle) {
+            transpose(gradient(i), d_row, wide, deep, ds_turned, w_row);
+            vec total{};
+            for (int64_t p = 0; p < s.width; p++)
+                for (int64_t n = 0; n < deep; n += lanes)
+                    total += load(gradient(i) + p * d_row + n) * load(before(i, k + 1) + p * d_row + n);
+            behind[i] = sum(total);
+        }
+        multiply({.a = pair.b_turned, .b = ds_turned, .a_row = 1, .a_step = chunk, .b_step = w_row, .depth = idle ? 0 : s.size,
+                  .scale = decays.to_end, .c = mix, .d = dy, .c_row = 1, .c_step = chunk, .d_step = w_row, .tokens = count,
+                  .order = Product::future, .out = du, .out_row = w_row},
+                 count, wide);
+        if (!start) {
+            scale_rows(dy, w_row, count, wide, decays.from_start, scaled);
+            multiply({.a = scaled, .b = pair.c, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
+                      .base = idle ? nullptr : gradient(i), .fade = decays.fade, .out = gradient(i), .out_row = d_row},
+                     s.width, deep);
+        }
+        give(from, count, h, i);
+    }
+
+    // What is left is a token's own: dx, ddt, and its parts of da and dd.
+    void give(int64_t from, int64_t count, int64_t h, int64_t i) {
+        const float a = s.a[h], d = s.d[h];
+        double carried = behind[i];
+        for (int64_t t = count - 1; t >= 0; t--) {
+            const int64_t place = at(from + t, h);
+            const float dt = decays.dt[t], skip = pairs[t * chunk + t], pull = dot(du + t * w_row, x + t * w_row, wide);
+            const double r = carried + dot(dy + t * w_row, s.y + place * s.width, s.width) - static_cast<double>(d) * skip;
+            carried = r - static_cast<double>(dt) * pull;
+            out.ddt[place] = static_cast<float>(a * carried) + pull;
+            da[i] += dt * carried, dd[i] += skip;
+            float* dx = out.dx + place * s.width;
+            for (int64_t p = 0; p < s.width; p++) dx[p] = dt * du[t * w_row + p] + d * dy[t * w_row + p];
+        }
+        behind[i] = carried;
+    }
+
+    // Asks for the rows of a chunk.
+    void ask(int64_t from, int64_t to, int64_t g, bool all) const {
+        for (int64_t t = from; t < to; t++) {
+            fetch(b(t, g), s.size), fetch(Shape::x(t, g * shared), shared * s.width);
+            if (!all) continue;
+            fetch(c(t, g), s.size);
+            fetch(out.dy + at(t, g * shared) * s.width, shared * s.width);
+            fetch(s.y + at(t, g * shared) * s.width, shared * s.width);
+        }
+    }
+
+    // Adds a gradient [S or K, H, P, N] of the state after a piece to the one that is carried.
+    void add(const float* from, int64_t row, int64_t g, bool fresh) {
+        for (int64_t i = 0; i < shared; i++)
+            for (int64_t p = 0; p < s.width; p++) {
+                const float* extra = from + state(row, g * shared + i) + p * s.size;
+                float* to = gradient(i) + p * d_row;
+                for (int64_t n = 0; n < deep; n++) to[n] = (fresh ? 0.0f : to[n]) + (n < s.size ? extra[n] : 0.0f);
+            }
+    }
+
+    void run_piece(int64_t piece, int64_t g, bool empty, bool idle, bool start) {
+        const int64_t from = s.pieces[piece], to = s.pieces[piece + 1], chunks = (to - from + chunk - 1) / chunk;
+        for (int64_t k = 0; k < chunks - idle; k++) {
+            const int64_t at = from + k * chunk;
+            ask(at + chunk, std::min(at + 2 * chunk, to), g, k + 2 >= chunks - idle);
+            restore_chunk(at, std::min(chunk, to - at), g, k, empty && k == 0);
+        }
+        for (int64_t k = chunks - 1; k >= 0; k--) {
+            const int64_t at = from + k * chunk, count = std::min(chunk, to - at);
+            pair.read(*this, at, count, g);
+            if (at > first(0)) ask(std::max(at - chunk, first(0)), at, g, true);
+            for (int64_t i = 0; i < shared; i++)
+                head(at, count, g, i, k, empty && k == 0, idle && k == chunks - 1, start && k == 0);
+            for (int64_t t = 0; t < count; t++) {
+                const int64_t place = ((at + t) * s.groups + g) * s.size;
+                std::copy_n(db + t * d_row, s.size, out.db + place);
+                std::copy_n(dc + t * d_row, s.size, out.dc + place);
+            }
+        }
+    }
+
+    void run(int64_t sequence, int64_t g) {
+        std::fill_n(behind.begin(), shared, 0.0), std::fill_n(da.begin(), shared, 0.0), std::fill_n(dd.begin(), shared, 0.0);
+        bool idle = !out.dfinal;
+        if (!idle) add(out.dfinal, sequence, g, true);
+        const int64_t opening = s.first[sequence];
+        for (int64_t piece = s.first[sequence + 1] - 1; piece >= opening; piece--) {
+            if (s.slots[piece] >= 0 && out.dkept) add(out.dkept, s.slots[piece], g, idle), idle = false;
+            const float* begin = piece > opening ? s.saved + state(piece, 0) : s.initial ? s.initial + state(sequence, 0) : nullptr;
+            for (int64_t i = 0; i < shared && begin; i++)
+                pack(begin + (g * shared + i) * s.width * s.size, s.size, s.width, s.size, before(i, 0), d_row);
+            run_piece(piece, g, !begin, idle, piece == opening && !out.dinitial);
+            idle = false;
+        }
+        for (int64_t i = 0; i < shared; i++) {
+            const int64_t h = g * shared + i;
+            out.da[sequence * s.heads + h] = static_cast<float>(da[i]);
+            out.dd[sequence * s.heads + h] = static_cast<float>(dd[i]);
+            for (int64_t p = 0; p < s.width && out.dinitial; p++) {
+                float* to = out.dinitial + state(sequence, h) + p * s.size;
+                if (idle) std::fill_n(to, s.size, 0.0f);  // no token, and nobody asked for the state after them
+                else std::copy_n(gradient(i) + p * d_row, s.size, to);
+            }
+        }
+    }
+};
 
 }  // namespace
 
 void scan_forward(const Scan& s, int threads) {
     const int64_t shared = s.heads / s.groups;
     const int64_t together = s.sequences * s.groups >= threads ? shared : 1, tasks = s.heads / together;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < s.sequences * tasks; task++)
-        forward_heads(s, task / tasks, task % tasks * together, together);
+#pragma omp parallel num_threads(threads)
+    {
+        Forward work(s);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < s.sequences * tasks; task++)
+            work.run(task / tasks, task % tasks * together, together);
+    }
 }
 
 // dB and dC are sums over the heads of a group, so a group is the work of one thread.
 void scan_backward(const Scan& s, const ScanGradients& out, int threads) {
-    const int64_t shared = s.heads / s.groups;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t task = 0; task < s.sequences * s.groups; task++)
-        backward_heads(s, out, task / s.groups, task % s.groups * shared, shared);
+    int64_t most = 0;
+    for (int64_t piece = 0; piece < s.first[s.sequences]; piece++) most = std::max(most, s.pieces[piece + 1] - s.pieces[piece]);
+#pragma omp parallel num_threads(threads)
+    {
+        Backward work(s, out, (most + chunk - 1) / chunk);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < s.sequences * s.groups; task++) work.run(task / s.groups, task % s.groups);
+    }
 }
 
 }  // namespace whimbrel::WHIMBREL_ISA

@@ -11,19 +11,22 @@
 
 extern "C" {
 
-// A scan over T tokens cut into sequences. x [T, H, P], dt [T, H], b and c [T, G, N] may be slices of wider rows: *_stride is
-// the distance between tokens in floats (dt, y and all gradients are dense). initial may be null. final [S, H, P, N].
+// A scan over T tokens cut into S sequences, each cut into pieces: piece i is tokens pieces[i] … pieces[i + 1], and sequence s has
+// pieces first[s] … first[s + 1]. x [T, H, P], dt [T, H], b and c [T, G, N] may be slices of wider rows: *_stride is the distance
+// between tokens in floats (dt, y and all gradients are dense). initial may be null. final [S, H, P, N]; kept [K, H, P, N] takes the
+// state after piece i as its row slots[i] (-1: not asked for); saved [pieces, H, P, N] that before each piece but the first of a
+// sequence, for the backward pass; null without one.
 struct Scan {
     const float *x, *dt, *a, *b, *c, *d, *initial;
-    float *y, *final;
-    const int64_t* offsets;  // [S + 1]
+    float *y, *final, *kept, *saved;
+    const int64_t *pieces, *first, *slots;
     int64_t sequences, heads, width, groups, size;
     int64_t x_stride, b_stride, c_stride;
 };
 
-// Gradients of a scan; da, dd are [S, H], one row a sequence.
+// Gradients of a scan; da, dd are [S, H], one row a sequence. dfinal and dkept may be null (zeros), dinitial too (not wanted).
 struct ScanGradients {
-    const float *dy, *dfinal;
+    const float *dy, *dfinal, *dkept;
     float *dx, *ddt, *da, *db, *dc, *dd, *dinitial;
 };
 
@@ -53,6 +56,35 @@ struct GatedNorm {
 struct GatedNormGradients {
     const float* dout;
     float *dy, *dgate, *dweight;  // dweight [threads, groups * width], as zeros
+};
+
+// A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
+// and the sums of 8 rows fall into 8 lanes; w = scale * code, one float16 scale for each row and `group` inputs (32, 64 or
+// 128, a divisor of inputs), scales [outputs / 8, inputs / group, 8]. A last panel that is not full has rows of scale 0.
+//   kind 0  float32 [outputs, inputs]
+//   kind 1  float16 [outputs, inputs]
+//   kind 2  int8 [outputs / 8, inputs / 4, 32]: byte 4r + i is row r, input 4k + i
+//   kind 3  4 bits [outputs / 8, inputs / 8, 32]: code + 8 of row b / 4, input 8k + b % 4 in the low half of byte b, and of
+//           4 inputs further in the high half
+struct Matrix {
+    const void* codes;
+    const uint16_t* scales;  // float16 bits; null for kinds 0 and 1
+    int64_t outputs, inputs, kind, group;
+};
+
+// y = x W^T + bias, which may be null.
+struct Projection {
+    Matrix matrix;
+    const float* bias;
+};
+
+// y [rows, outputs] = act(norm(x) W^T + bias) + residual, for many rows.
+struct Gemm {
+    Projection weight;
+    const float *x, *norm, *norm_bias, *gate, *residual;
+    float* y;
+    int64_t rows, x_stride, gate_stride, groups, act;
+    float eps;
 };
 
 // y [rows, outputs] = x [rows, inputs] times weight [outputs, inputs] transposed, plus bias (may be null).
@@ -90,6 +122,7 @@ WHIMBREL_EXPORT void whimbrel_conv_forward(const Conv* conv, int threads);
 WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
+WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_attention_step(const AttentionStep* step, int threads);
 WHIMBREL_EXPORT void whimbrel_mlp_step(const MlpStep* step, int threads);

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +48,17 @@ STAGES = {
     "data": "raw pages to documents, with the reason of every drop.",
     "tokenizer": "a vocabulary learned from documents.",
     "tokens": "documents to token shards.",
-    "pretrain": "token shards to a model.",
+    "farqa": "documents to long ones whose questions are answered far back.",
+    "pretrain": "token shards to a model, from random weights or on from another.",
+    "tasks": "problems with solutions and a verifier.",
+    "sft": "a model and conversations to a model that answers.",
+    "pairs": "answers drawn from a model, ranked by their verifier.",
+    "dpo": "pairs of answers to a model that prefers the better ones.",
+    "reward": "rated answers to a model that rates.",
+    "grpo": "prompts with a verifier to a model that is right more often.",
+    "merge": "two models of one shape to the best point between them.",
+    "compress": "a smaller model cut out of a large one, under a memory or a share of its parameters.",
+    "distill": "a student learns from its teacher.",
     "evaluate": "problems answered by a model, scored, with intervals.",
     "sample": "texts written by a model.",
 }
@@ -188,31 +198,64 @@ def doctor(as_json: Json = False) -> None:
     typer.echo(json.dumps(found, indent=2) if as_json else examining.as_text(found))
 
 
-def _stage(kind: str, about: str) -> None:
+Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="NAME=PATH", help="An input.")]
+Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to work; runs/STAGE if not given.")]
+Show = Annotated[bool, typer.Option("--show", help="Print the settings, defaults and all, and stop.")]
+
+
+def _work(
+    kind: str, config: Path | None, overrides: Sequence[str], inputs: Sequence[str], out: Path | None, show: bool
+) -> None:
+    """Run one stage, or show its settings."""
+    from whimbrel.pipeline import single
+
+    if show:
+        typer.echo(single.show(kind, config, overrides), nl=False)
+    else:
+        typer.echo(single.run(kind, config, overrides, inputs, out))
+
+
+def _stage(kind: str) -> None:
     """Add the command that runs one kind of stage alone."""
 
     def command(
-        overrides: Overrides = None,
-        config: Config = None,
-        inputs: Annotated[list[str] | None, typer.Option("--input", metavar="NAME=PATH", help="An input.")] = None,
-        out: Annotated[
-            Path | None, typer.Option(metavar="FOLDER", help="Where to work; runs/STAGE if not given.")
-        ] = None,
-        show: Annotated[bool, typer.Option("--show", help="Print the settings, defaults and all, and stop.")] = False,
+        overrides: Overrides = None, config: Config = None, inputs: Inputs = None, out: Out = None, show: Show = False
     ) -> None:
-        from whimbrel.pipeline import single
+        _work(kind, config, overrides or (), inputs or (), out, show)
 
-        if show:
-            typer.echo(single.show(kind, config, overrides or ()), nl=False)
-        else:
-            typer.echo(single.run(kind, config, overrides or (), inputs or (), out))
+    _say(kind, command)
 
-    command.__doc__ = f"Stage: {about}\n\nSettings: `whimbrel {kind} --show` prints them all."
+
+def _say(kind: str, command: Callable[..., None]) -> None:
+    command.__doc__ = f"Stage: {STAGES[kind]}\n\nSettings: `whimbrel {kind} --show` prints them all."
     app.command(kind)(command)
 
 
-for _kind, _about in STAGES.items():
-    _stage(_kind, _about)
+def _compress(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="What to cut: as for `whimbrel chat`.")] = None,
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="What serving may take, as 22GiB.")] = None,
+    context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Of a sequence in that memory.")] = None,
+    config: Config = None,
+    inputs: Inputs = None,
+    out: Out = None,
+    show: Show = False,
+) -> None:
+    said = [] if model is None or "=" not in model else [model]
+    said += [f"{name}={value}" for name, value in (("memory", memory), ("context", context)) if value is not None]
+    given = list(inputs or ())
+    if model is not None and "=" not in model:
+        from whimbrel.model.checkpoint import resolve
+
+        given.append(f"model={resolve(model)}")
+    _work("compress", config, [*said, *(overrides or ())], given, out, show)
+
+
+for _kind in STAGES:
+    if _kind == "compress":
+        _say(_kind, _compress)
+    else:
+        _stage(_kind)
 
 
 def _display() -> Display:

@@ -250,6 +250,11 @@ def prepare(tmp_path: Path, crawl: Path) -> dict[str, Path]:
     return inputs
 
 
+def test_a_vocabulary_that_is_too_small_is_refused_before_anything_runs() -> None:
+    with pytest.raises(UserError, match=r"vocab_size=3 is too small .* set vocab_size to 320 or more"):
+        parse(TokenizerSettings, {"vocab_size": 3})
+
+
 def test_documents_to_tokens_and_back(tmp_path: Path, crawl: Path) -> None:
     inputs = prepare(tmp_path, crawl)
     metrics = run_tokens(TokensSettings(heldout=0.3), inputs, tmp_path / "tokens", silent)

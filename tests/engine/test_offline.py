@@ -101,6 +101,13 @@ def test_a_bad_row_names_its_line(engine, tmp_path, line, words):
         generate_file(engine, path, tmp_path / "out.jsonl", Sampling(max_tokens=2))
 
 
+def test_a_file_without_a_prompt_is_refused(engine, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="holds no prompt; write one JSON object a line"):
+        generate_file(engine, tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl")
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
 def test_answers_of_other_prompts_settings_or_models_are_not_mixed(engine, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     generate_file(engine, prompts, out, SAMPLING, name="a")

@@ -85,9 +85,9 @@ def test_uniform_numbers_differ_by_every_argument_and_fill_the_interval():
 
 def test_log_probabilities_of_the_chosen_and_the_likeliest():
     logits = torch.tensor([1.0, 3.0, 2.0])
-    chosen, top = top_log_probs(logits, 0, 2)
+    ((chosen, top),) = top_log_probs(logits[None], [0], [2])
     reference = logits.double().log_softmax(-1)
     assert chosen == pytest.approx(float(reference[0]), abs=1e-6)
     assert [token for token, _ in top] == [1, 2]
     assert [value for _, value in top] == pytest.approx(reference[[1, 2]].tolist(), abs=1e-6)
-    assert top_log_probs(logits, 1, 0)[1] == ()
+    assert top_log_probs(logits[None], [1], [0])[0][1] == ()

@@ -167,3 +167,10 @@ def test_impossible_networks_are_refused_in_the_users_words(change, words):
     values = {f: getattr(HYBRID, f) for f in HYBRID.__dataclass_fields__} | change
     with pytest.raises(UserError, match=words):
         ModelConfig(**values)
+
+
+@pytest.mark.parametrize("token", [-1, 64])
+def test_tokens_outside_the_vocabulary_are_named(token):
+    model = LanguageModel(ModelConfig(pattern="-", vocab_size=64, hidden_size=8, intermediate_size=8)).initialise(0)
+    with pytest.raises(UserError, match=f"{token}.*set each from 0 to 63"):
+        model(torch.tensor([[5, token]]))

@@ -1,7 +1,8 @@
 """IFEval's verdicts beside lm-eval's own, where lm-eval, nltk (with punkt_tab) and langdetect are installed.
 
-pip install lm_eval nltk langdetect immutabledict; python -m nltk.downloader punkt_tab. lm-eval's rules are loaded without the
-rest of its package, which would want 60 more. WHIMBREL_BENCHMARKS names a folder with ifeval/input_data.jsonl for more.
+pip install lm_eval nltk langdetect immutabledict; python -m nltk.downloader punkt_tab. lm-eval's rules are loaded
+without the rest of its package, which would want 60 more. WHIMBREL_BENCHMARKS names a folder with
+ifeval/input_data.jsonl for more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import sys
+from collections import Counter
 from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,7 @@ import pytest
 from whimbrel.data.language import detect
 from whimbrel.verify import instructions
 
+LANGUAGE = {"language:response_language", "change_case:english_capital", "change_case:english_lowercase"}
 RECORD = Path(__file__).parents[1] / "verify" / "ifeval_answers.jsonl"
 
 
@@ -64,8 +67,8 @@ def test_the_record_is_what_lm_eval_says(theirs: Any) -> None:
 
 @pytest.mark.slow
 def test_every_instruction_on_every_kind_of_answer(theirs: Any) -> None:
-    """Answers crossed with instructions that they were not written for: at most 0.1 % of verdicts differ, none but those
-    that docs/verify.md explains: a language told otherwise, and sentences (by one).
+    """Answers crossed with instructions that they were not written for: only what language a text is in may differ, and
+    that in at most 3 % of the verdicts that ask for it (docs/verify.md says which).
     """
     folder = os.environ.get("WHIMBREL_BENCHMARKS")
     rows = record()
@@ -76,17 +79,14 @@ def test_every_instruction_on_every_kind_of_answer(theirs: Any) -> None:
         read = [json.loads(line) for line in lines]
         rows = [row | {"instructions": row["instruction_id_list"], "arguments": row["kwargs"]} for row in read]
         texts += [row["prompt"] for row in read][:100]
-    draw, seen, apart = random.Random(0), 0, {}
+    draw, seen, apart = random.Random(0), Counter(), Counter()
     for text in texts:
         for row in draw.sample(rows, 25):
             if row["key"] in (1122, 1129):  # lm-eval draws a letter at random for these
                 continue
             for theirs_, ours_ in zip(theirs(row, text), ours(row, text), strict=True):
-                seen += len(ours_)
-                for name, one, other in zip(row["instructions"], theirs_, ours_, strict=True):
-                    if one != other:
-                        apart.setdefault(name, []).append((row["key"], text[:80]))
-    assert seen > 5_000
-    assert sum(map(len, apart.values())) <= 0.001 * seen, apart
-    told = {"language:response_language", "change_case:english_capital", "change_case:english_lowercase"}
-    assert set(apart) <= told | {"length_constraints:number_sentences"}, apart
+                seen.update(row["instructions"])
+                apart.update(name for name, a, b in zip(row["instructions"], theirs_, ours_, strict=True) if a != b)
+    assert sum(seen.values()) > 5_000
+    assert set(apart) <= LANGUAGE, apart
+    assert sum(apart.values()) <= 0.03 * sum(seen[name] for name in LANGUAGE), apart

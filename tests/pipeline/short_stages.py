@@ -80,6 +80,13 @@ def join(settings: JoinSettings, inputs: Mapping[str, Path], out: Path, report: 
 
 HERE = "short_stages"
 TABLE = {
-    "count": Stage(settings=f"{HERE}:CountSettings", run=f"{HERE}:count", version=1, inputs=(), optional=("start",)),
+    "count": Stage(
+        settings=f"{HERE}:CountSettings",
+        run=f"{HERE}:count",
+        version=1,
+        inputs=(),
+        optional=("start",),
+        several=("start",),
+    ),
     "join": Stage(settings=f"{HERE}:JoinSettings", run=f"{HERE}:join", version=1, inputs=("left", "right")),
 }

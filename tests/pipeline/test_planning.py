@@ -65,6 +65,7 @@ def test_bandwidth_is_measured_where_none_is_given() -> None:
         ("smollm", "22GiB", 64, {}, "smollm2"),
         ("missing.yaml", "22GiB", 64, {}, "missing.yaml does not exist"),
         ("qwen3-8b", "22GB?", 64, {}, r"memory is '22GB\?'; set memory to"),
+        ("qwen3-8b", "22", 64, {}, "set memory to 22GiB"),
         ("qwen3-8b", "22GiB", 0, {}, "context is 0; set context to"),
         ("qwen3-8b", "22GiB", 64, {"bandwidth": "fast"}, "set bandwidth to a rate"),
         ("qwen3-8b", "22GiB", 64, {"peak": "fast"}, "set peak to a rate"),

@@ -66,6 +66,7 @@ def test_an_override_reaches_one_of_two_stages_that_share_an_anchor(tmp_path: Pa
         (GOOD.replace(", right: b", ""), (), ["stages.j.inputs", "'right'"]),
         (GOOD.replace("right: b", "right: bb.txt"), (), ["stages.j.inputs.right", "'bb.txt'", "no file"]),
         (GOOD.replace("right: b", "right: [b]"), (), ["stages.j.inputs.right", "['b']"]),
+        (GOOD.replace("right: b", "right: {one: b}"), (), ["stages.j.inputs.right", "takes one"]),
         (GOOD.replace("steps: 4", "stepps: 4"), (), ["stages.a.config", "stepps", "steps"]),
         (GOOD.replace("steps: 4", "steps: four"), (), ["stages.a.config", "steps", "'four'"]),
         (GOOD.replace('{separator: "-"}', "{}"), (), ["stages.j.config", "separator"]),
@@ -94,6 +95,12 @@ def test_a_file_is_an_input_too(tmp_path: Path) -> None:
     page.write_text("words")
     found = recipe(tmp_path, GOOD.replace("right: b", f"right: {page}"))
     assert {node.name: node for node in found.nodes}["j"].inputs["right"] == page
+
+
+def test_several_inputs_have_names_and_read_back(tmp_path: Path) -> None:
+    found = recipe(tmp_path, GOOD.replace("{start: a}", "{start: {one: a, other: a}}"))
+    assert {node.name: node for node in found.nodes}["b"].inputs == {"start.one": "a", "start.other": "a"}
+    assert recipe(tmp_path, found.text()) == found
 
 
 def test_what_is_free_in_training_is_free_in_the_key() -> None:

@@ -67,7 +67,17 @@ def test_one_step_is_that_of_the_paper() -> None:
         torch.testing.assert_close(parameter.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"learning_rate": 0.0}, {"beta2": 1.0}, {"eps": 0.0}, {"weight_decay": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"beta2": 1.0},
+        {"eps": 0.0},
+        {"weight_decay": -1.0},
+    ],
+)
 def test_mistakes_are_named(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         OptimizerSettings(**wrong)

@@ -130,13 +130,36 @@ def test_a_blend_takes_its_sources_by_weight(inputs: dict[str, Path]) -> None:
         "sources": {"a": "train", "b": "heldout"},
         "phases": [{"until": 0.5, "weights": {"a": 3, "b": 1}}, {"until": 1.0, "weights": {"b": 1}}],
     }
-    table = stages.blend(settings(blend=tree), inputs["tokens"]).table()
+    table = stages.blend(settings(blend=tree), {"": inputs["tokens"]}).table()
     assert [(part.phase, part.source, part.rows) for part in table] == [
         (0, "a", 18),
         (0, "b", 6),
         (1, "a", 0),
         (1, "b", 24),
     ]
+
+
+def test_it_goes_on_from_another_model_over_several_inputs(inputs: dict[str, Path], tmp_path: Path) -> None:
+    stages.run(settings(), inputs, tmp_path / "first", lambda event: None)
+    several = {"tokens.a": inputs["tokens"], "tokens.b": inputs["tokens"], "tokenizer": inputs["tokenizer"]}
+    tree = {
+        "length": 64,
+        "model": {"max_position_embeddings": 128},
+        "blend": {"sources": {"a": "train", "b": "heldout"}},
+    }
+    longer = settings(**tree)
+    start = LanguageModel.load(tmp_path / "first" / "model").state_dict()
+    begun = stages._begin(longer, Tokenizer.load(inputs["tokenizer"]), tmp_path / "first" / "model")
+    assert begun.config.max_position_embeddings == 128
+    assert all(torch.equal(tensor, start[name]) for name, tensor in begun.state_dict().items())
+    stages.run(longer, several | {"model": tmp_path / "first" / "model"}, tmp_path / "second", lambda event: None)
+    assert LanguageModel.load(tmp_path / "second" / "model").config.max_position_embeddings == 128
+    named = {"a": inputs["tokens"], "b": inputs["tokens"]}
+    assert {part.source for part in stages.blend(longer, named).table()} == {"a", "b"}
+    with pytest.raises(UserError, match=r"blend\.sources has 'c', which is no input"):
+        stages.blend(settings(blend={"sources": {"c": "train"}}), named)
+    with pytest.raises(UserError, match=r"model\.head_dim is set, but the shape is that of the input model"):
+        stages.run(settings(), several | {"model": tmp_path / "first" / "model"}, tmp_path / "x", lambda event: None)
 
 
 def test_no_held_out_data_is_said(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from whimbrel.verify.instructions import RULES, follow, forms
 from whimbrel.verify.sentences import count, words
 
 RECORD = [json.loads(line) for line in Path(__file__).with_name("ifeval_answers.jsonl").read_text("utf-8").splitlines()]
+NTH = "length_constraints:nth_paragraph_first_word"
 
 
 def language(text: str) -> str:
@@ -51,8 +52,8 @@ def test_the_record_holds_each_rule_followed_and_broken() -> None:
         ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\n***\nb", False),
         ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***\na\n***\nb\n***", True),
         ("length_constraints:number_paragraphs", {"num_paragraphs": 1}, "a", True),
-        ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "sea"}, "a\n\n\"Sea, b", True),
-        ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 1, "nth_paragraph": 2, "first_word": "sea"}, "sea", False),
+        (NTH, {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "sea"}, "a\n\n\"Sea, b", True),
+        (NTH, {"num_paragraphs": 1, "nth_paragraph": 2, "first_word": "sea"}, "sea", False),
         ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b\n** c", True),
         ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* ** ** *b*", True),
         ("detectable_format:number_highlighted_sections", {"num_highlights": 1}, "* *", False),
@@ -66,6 +67,7 @@ def test_the_record_holds_each_rule_followed_and_broken() -> None:
         ("change_case:english_capital", {}, "THE SEA WAS CALM. 3", True),
         ("change_case:english_lowercase", {}, "Das Meer war ruhig", False),
         ("punctuation:no_comma", {}, "a，b", True),
+        ("language:response_language", {"language": "kn"}, "*** 7", True),
     ],
 )  # fmt: skip
 def test_edges(name: str, arguments: dict[str, Any], text: str, expected: bool) -> None:
@@ -90,7 +92,7 @@ def test_loose_forms_leave_out_first_and_last_line_and_asterisks() -> None:
 @pytest.mark.parametrize(
     ("text", "sentences"),
     [
-        ("", 0), ("one", 1), ("One. Two! Three?", 3), ("Mr. Gull came at 4 p.m. sharp.", 1), ("No end of line\nends it", 1),
+        ("", 0), ("one", 1), ("One. Two! Three?", 3), ("Mr. Gull came at 4 p.m. sharp.", 1), ("No end\nof line", 1),
         ("1. one 2. two", 1), ("1. One 2. Two", 3), ('"Really?" he said.', 2), ("He waits... and waits.", 1),
         ("It costs 3.50 in the U.S. today. Yes.", 2), ("Is it so?\"", 1), ("Wait... The tide turns.", 2),
     ],

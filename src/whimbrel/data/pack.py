@@ -143,9 +143,12 @@ def cut(shards: TokenShards, start: int, stop: int) -> Row:
 
 @dataclass(frozen=True)
 class WholeDocuments:
-    """Rows of at most L tokens, made of whole documents: longest first, into the fullest row with room (best fit).
+    """Rows of at most L tokens, made of whole documents: in random order, each into the fullest row with
+    room (best fit).
 
-    Longer documents than L are refused: cutting a conversation would teach half an answer.
+    Longest first would fill rows better and put documents of one length, so often of one kind, into one row; nothing
+    is padded, so an emptier row costs nothing and a one-sided step does. Longer documents than L are refused: cutting
+    a conversation would teach half an answer.
     """
 
     shards: TokenShards
@@ -163,7 +166,7 @@ class WholeDocuments:
         sizes_D = np.diff(self.shards.starts_D1)
         bins: list[list[int]] = []
         room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-        for document in np.argsort(-sizes_D, kind="stable").tolist():
+        for document in Permutation(len(sizes_D), self.seed)(np.arange(len(sizes_D))).tolist():
             size = int(sizes_D[document])
             if not size:
                 continue

@@ -14,7 +14,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from whimbrel.config import Bytes, Settings
 from whimbrel.data import documents, language, pages, shards, workers
@@ -23,6 +23,7 @@ from whimbrel.data.judge import Judge, row
 from whimbrel.errors import UserError, need
 from whimbrel.events import Report
 from whimbrel.text import Tokenizer
+from whimbrel.text.tokenizer import check_size
 
 PART = 256  # pages whose verdicts are kept at a time: what a kill can cost
 # What a page must pass, in this order, and the reasons that drop it there. Every other reason is a limit of `filters`.
@@ -66,6 +67,11 @@ class TokenizerSettings(Settings):
     reserved: int = 64
     """Slots for special tokens at the beginning of the vocabulary."""
     min_frequency: int = 2
+
+    @model_validator(mode="after")
+    def _fits(self) -> TokenizerSettings:
+        check_size(self.vocab_size, self.reserved)
+        return self
 
 
 class TokensSettings(Settings):
@@ -189,9 +195,10 @@ def _sweep(out: Path) -> None:
 
 
 def run_tokenizer(settings: TokenizerSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
-    """Train a tokenizer on the input `documents` and save it as `out`, a tokenizer folder."""
+    """Train a tokenizer on the input `documents`, or several of them, and save it as `out`, a tokenizer folder."""
     _sweep(out)
-    texts = (document["text"] for document in documents.read(inputs["documents"], ["text"]))
+    folders = [folder for name, folder in sorted(inputs.items()) if name.partition(".")[0] == "documents"]
+    texts = (document["text"] for folder in folders for document in documents.read(folder, ["text"]))
     report({"event": "log", "text": f"learning a vocabulary of {settings.vocab_size:,} entries"})
     tokenizer = Tokenizer.train(texts, settings.vocab_size, settings.reserved, settings.min_frequency)
     tokenizer.save(out)

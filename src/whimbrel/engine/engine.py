@@ -20,7 +20,7 @@ from whimbrel.engine.answer import Answer, Chunk
 from whimbrel.engine.memory import default_kv_tokens
 from whimbrel.engine.pool import Pool
 from whimbrel.engine.prompt import Prompt, read_prompt
-from whimbrel.engine.sampler import sample, top_log_probs
+from whimbrel.engine.sampler import LogProb, sample, top_log_probs
 from whimbrel.engine.sampling import Sampling
 from whimbrel.engine.scheduler import Scheduler, Work
 from whimbrel.engine.score import score_pairs
@@ -184,9 +184,15 @@ class Engine:
         tokens = sample(logits_SV, [sequence.draw(logits_SV.shape[-1], self.device) for sequence in due])
         for row, sequence in enumerate(due):
             forced = sequence.next_forced()
-            token = tokens[row] if forced is None else forced
-            wants = sequence.sampling.logprobs
-            sequence.append(token, self._ends, None if wants is None else top_log_probs(logits_SV[row], token, wants))
+            tokens[row] = tokens[row] if forced is None else forced
+        asked = [row for row, sequence in enumerate(due) if sequence.sampling.logprobs is not None]
+        logprobs: dict[int, LogProb] = {}
+        if asked:
+            rows_SV = logits_SV if len(asked) == len(due) else logits_SV[asked]
+            counts = [due[row].sampling.logprobs or 0 for row in asked]
+            logprobs = dict(zip(asked, top_log_probs(rows_SV, [tokens[row] for row in asked], counts), strict=True))
+        for row, sequence in enumerate(due):
+            sequence.append(tokens[row], self._ends, logprobs.get(row))
 
     def generate(
         self, prompts: Iterable[Prompt], sampling: Sampling | Iterable[Sampling] | None = None

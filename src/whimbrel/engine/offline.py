@@ -110,6 +110,8 @@ def generate_file(
     samples = [
         row.sampling.n for row in read_rows(prompts, sampling, name)
     ]  # every row is checked before the first is computed
+    if not samples:
+        raise UserError(f'{prompts} holds no prompt; write one JSON object a line: {{"prompt": "…"}}')
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with open(out, "ab+") as file:
         try:

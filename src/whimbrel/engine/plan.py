@@ -134,6 +134,12 @@ def plan(
     )
 
 
+def serving_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: str = "bfloat16") -> int:
+    """`total_bytes` of a plan with nothing kept free, for those who look at thousands of shapes."""
+    need = _Need(config, dtype, dtype, 512, 0)
+    return need.fixed(context) + batch * need.sequence(context)
+
+
 def _floor(need: _Need, context: int, largest: int, bandwidth: float | None, peak: float | None) -> dict[str, Any]:
     """The fields of a plan that are about speed."""
     alone = count.decode_bytes(need.config, context, 1, need.dtype, need.kv_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence as Rows
 
 import torch
@@ -36,7 +37,7 @@ class Pool:
         self.state = State.empty(config, slots=slots, blocks=count, block_size=block_size, dtype=dtype, device=device)
         self.version: int | None = None
         """Version of the weights that computed what the pool holds."""
-        self._slots = list(range(slots))[::-1]
+        self._slots = list(range(slots))  # a heap: the lowest goes first, so that an idle pool is like a new one
         self._blocks = set(range(count))
         self._table = torch.zeros((slots, max(count, 1)), dtype=torch.int64, device=device)
         self._device = device
@@ -61,7 +62,7 @@ class Pool:
         """Give a waiting sequence a slot and blocks for its tokens if `spare` blocks remain then; else False."""
         if not self._slots or self.need(len(sequence.tokens)) + spare > len(self._blocks):
             return False
-        sequence.slot = self._slots.pop()
+        sequence.slot = heapq.heappop(self._slots)
         return self.grow(sequence)
 
     def grow(self, sequence: Sequence) -> bool:
@@ -91,7 +92,7 @@ class Pool:
     def release(self, sequence: Sequence) -> None:
         """Take everything back. Nothing needs clearing: a sequence without past ignores what its slot held."""
         if sequence.slot is not None:
-            self._slots.append(sequence.slot)
+            heapq.heappush(self._slots, sequence.slot)
         self._blocks.update(sequence.blocks)
         sequence.slot, sequence.blocks, sequence.cached = None, [], 0
 

@@ -65,11 +65,20 @@ def sample(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     return tokens
 
 
-def top_log_probs(logits_V: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Log-probability of `token` under the model itself, and the `count` likeliest (id, log-probability)."""
-    logprobs_V = logits_V.log_softmax(-1)
-    values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
-    return float(logprobs_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+LogProb = tuple[float, tuple[tuple[int, float], ...]]
+
+
+def top_log_probs(logits_SV: Tensor, tokens: Rows[int], counts: Rows[int]) -> list[LogProb]:
+    """For each row the log-probability of its token under the model itself, and its `count` likeliest (id,
+    log-probability). One pass over all rows.
+    """
+    logprobs_SV = logits_SV.log_softmax(-1)
+    chosen = logprobs_SV.gather(1, torch.tensor(tokens, device=logits_SV.device)[:, None])[:, 0].tolist()
+    values_SW, ids_SW = logprobs_SV.topk(min(max(counts), logits_SV.shape[-1]))
+    tops = [
+        tuple(zip(ids, values, strict=True)) for ids, values in zip(ids_SW.tolist(), values_SW.tolist(), strict=True)
+    ]
+    return [(value, top[:count]) for value, top, count in zip(chosen, tops, counts, strict=True)]
 
 
 def _truncates(sampling: Sampling) -> bool:

@@ -50,8 +50,13 @@ class Source(Protocol):
 
 
 def resolve(source: str | Path) -> Path:
-    """The folder or `.gguf` file that a user means: a path, a fetched model's name, or a hub id (downloaded)."""
+    """The folder or `.gguf` file that a user means: a path, a fetched model's name, or a hub id (downloaded).
+
+    The folder of a stage that made a model stands for the `model` in it.
+    """
     path = Path(source).expanduser()
+    if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
+        return path / "model"
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():

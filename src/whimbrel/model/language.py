@@ -9,19 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from whimbrel import ops
+from whimbrel.errors import UserError
 from whimbrel.model.attention import Attention
 from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
 from whimbrel.model.decoding import Decoder
 from whimbrel.model.layout import Layout
+from whimbrel.model.linear import PackedEmbedding, PackedWeight
 from whimbrel.model.mamba2 import Mamba2
 from whimbrel.model.mlp import MLP
 from whimbrel.model.norm import make_norm
 from whimbrel.model.state import State
+from whimbrel.ops.packed import Packed, unpack
 
 _MIXERS: dict[str, type[Mamba2] | type[Attention] | type[MLP]] = {
     MAMBA: Mamba2,
@@ -58,15 +62,20 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, embeddings: nn.Embedding) -> None:
         super().__init__()
         if config.tie_embeddings:
-            self.__dict__["embeddings"] = embeddings  # not registered as a part of the head
+            self.tie(embeddings)
         else:
-            self.weight = nn.Parameter(torch.empty_like(embeddings.weight))
+            self.weight: nn.Module | nn.Parameter = nn.Parameter(torch.empty_like(embeddings.weight))
+
+    def tie(self, embeddings: nn.Module) -> None:
+        """Read the matrix of these embeddings, without registering them as a part of the head."""
+        self.__dict__["embeddings"] = embeddings
 
     def forward(self, hidden_TD: Tensor, fn: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """[T, D] -> logits [T, V] in float32 at least, or what `fn` returns."""
-        weight_VD = self.__dict__["embeddings"].weight if "embeddings" in self.__dict__ else self.weight
+        """[T, D] -> logits [T, V] in float32 at least, or what `fn` returns (it is given the unpacked matrix)."""
+        weight: Any = self.__dict__["embeddings"].weight if "embeddings" in self.__dict__ else self.weight
+        weight_VD = weight.value if isinstance(weight, PackedWeight) else weight
         if fn is not None:
-            return fn(hidden_TD, weight_VD)
+            return fn(hidden_TD, unpack(weight_VD) if isinstance(weight_VD, Packed) else weight_VD)
         return ops.linear(hidden_TD, weight_VD).to(torch.promote_types(hidden_TD.dtype, torch.float32))
 
 
@@ -79,7 +88,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.weights_version = 0
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.embeddings: nn.Embedding | PackedEmbedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, device=device, dtype=dtype
+        )
         self.layers = nn.ModuleList(Layer(config, index, device, dtype) for index in range(config.layers))
         self.norm_f = make_norm(config, device, dtype)
         self.head = Head(config, self.embeddings)
@@ -92,6 +103,11 @@ class LanguageModel(nn.Module):
         """
         if layout is None:
             batch, length = tokens.shape
+            if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+                raise UserError(
+                    f"tokens run from {int(tokens.min())} to {int(tokens.max())}; set each from 0 to "
+                    f"{self.config.vocab_size - 1}, as this model's vocab_size is {self.config.vocab_size}"
+                )
             flat = Layout.of([length] * batch, device=tokens.device)
             return self.head(self(tokens.flatten(), flat)).unflatten(0, (batch, length))
         x_TD = self.embeddings(tokens)
@@ -107,7 +123,7 @@ class LanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights (Mamba's A_log, D and dt_bias are float32 besides)."""
+        """The dtype of the weights (Mamba's A_log, D and dt_bias are float32 besides); float32 if they are packed."""
         return self.embeddings.weight.dtype
 
     @property

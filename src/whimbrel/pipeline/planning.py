@@ -40,6 +40,8 @@ def run(
     """
     config = find(model)
     size = parse_bytes(memory, "memory")
+    if memory.strip().isdecimal() and size < 2**20:
+        raise UserError(f"memory is {memory}, which is bytes; set memory to {memory.strip()}GiB if that is meant")
     speed = machine.bandwidth(_device()) if bandwidth is None else parse_bandwidth(bandwidth)
     return plan(
         config,

@@ -154,9 +154,9 @@ def _node(name: str, value: Any, seed: int | None, names: tuple[str, ...], table
     settings = config.parse(locate(stage.settings), tree, f"{where}.config")
     if seed is not None and "seed" not in tree and "seed" in config.to_tree(settings):
         settings = config.parse(locate(stage.settings), {**tree, "seed": seed}, f"{where}.config")
-    inputs = _mapping(given.get("inputs"), f"{where}.inputs", (*stage.inputs, *stage.optional))
+    inputs = flat_inputs(_mapping(given.get("inputs"), f"{where}.inputs"), stage, f"{where}.inputs")
     for wanted in stage.inputs:
-        if wanted not in inputs:
+        if wanted not in {name.partition(".")[0] for name in inputs}:
             raise UserError(f"{where}.inputs lacks {wanted!r}; set it to the name of a stage or to a path")
     return Node(
         name=name,
@@ -165,6 +165,21 @@ def _node(name: str, value: Any, seed: int | None, names: tuple[str, ...], table
         settings=settings,
         inputs={key: _input(source, f"{where}.inputs.{key}", names) for key, source in inputs.items()},
     )
+
+
+def flat_inputs(given: Mapping[str, Any], stage: Stage, where: str) -> dict[str, Any]:
+    """Inputs by name; several for one name, `tokens: {pages: a, sums: b}`, become `tokens.pages` and `tokens.sums`."""
+    flat: dict[str, Any] = {}
+    for name, source in given.items():
+        flat |= {f"{name}.{key}": each for key, each in source.items()} if isinstance(source, dict) else {name: source}
+    known = (*stage.inputs, *stage.optional)
+    for name in flat:
+        head, dot, _ = name.partition(".")
+        if head not in known:
+            raise UserError(f"{where} has an unknown key {head!r}; {nearest(head, known)}")
+        if dot and head not in stage.several:
+            raise UserError(f"{where}.{head} is several inputs, but takes one; set it to the name of a stage or a path")
+    return flat
 
 
 def _input(source: Any, where: str, names: tuple[str, ...]) -> str | Path:

@@ -27,7 +27,10 @@ ABOUT = {
     "data": "pages to documents",
     "tokenizer": "documents to a vocabulary",
     "tokens": "documents to token shards",
+    "farqa": "long documents with far answers",
     "pretrain": "tokens to a model",
+    "compress": "a smaller model cut out",
+    "distill": "it learns from its teacher",
     "evaluate": "problems answered and scored",
     "sample": "the model writes",
 }
@@ -36,6 +39,8 @@ SHOWN = {
     "tokenizer": ("vocab size",),
     "tokens": ("train tokens", "heldout tokens"),
     "pretrain": ("step", "tokens", "loss", "validation loss", "threads"),
+    "compress": ("parameters", "parent loss", "cut loss"),
+    "distill": ("step", "tokens", "validation loss", "teacher loss"),
     "sample": ("samples", "tokens"),
 }
 """Figures of a stage's row; a stage that is not here shows all it has."""

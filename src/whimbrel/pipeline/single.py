@@ -32,14 +32,14 @@ def run(kind: str, path: Path | None, overrides: Sequence[str], inputs: Sequence
     """Run one stage in a folder (`runs/KIND`); returns the folder of its output. `inputs` are `name=path`."""
     settings = config.to_tree(_settings(kind, path, overrides))
     stage, given = STAGES[kind], {}
-    known = (*stage.inputs, *stage.optional)
     for text in inputs:
         name, _, place = text.partition("=")
-        if name not in known or not place:
-            raise UserError(f"--input {text} should be NAME=PATH; {nearest(name, known)}")
+        if not place:
+            raise UserError(f"--input {text} should be NAME=PATH; {nearest(name, (*stage.inputs, *stage.optional))}")
         given[name] = place
+    given = recipe.flat_inputs(given, stage, "--input")
     for name in stage.inputs:
-        if name not in given:
+        if name not in {one.partition(".")[0] for one in given}:
             raise UserError(f"{kind} needs {name}; add --input {name}=PATH")
     graph = recipe.build({"name": kind, "stages": {kind: {"stage": kind, "inputs": given, "config": settings}}}, kind)
     folder = out or Path("runs") / kind

@@ -19,8 +19,9 @@ class Stage:
 
     `run(settings, inputs, out, report) -> metrics` fills the folder `out`, in which it may find work of its own to
     continue. `version` grows whenever the same settings give another output. `inputs` must be given in a recipe,
-    `optional` may be. `model` is where in the output a checkpoint lies, if there is one. `free` names settings
-    (dotted) that say how the work is done and not what comes out: changing one leaves the key as it is.
+    `optional` may be; those in `several` may be a group, `{one: STAGE, other: STAGE}`, which reaches `run` as
+    `name.one` and `name.other`. `model` is where in the output a checkpoint lies, if there is one. `free` names
+    settings (dotted) that say how the work is done and not what comes out: changing one leaves the key as it is.
     """
 
     settings: str
@@ -28,9 +29,21 @@ class Stage:
     version: int
     inputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     model: str | None = None
     free: tuple[str, ...] = ()
 
+
+LOOP = (
+    "train.threads",
+    "train.recompute",
+    "train.validate_every",
+    "train.validate_batches",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.tensorboard",
+)
+"""What is free wherever `train` is the loop's settings."""
 
 STAGES: Mapping[str, Stage] = {
     "data": Stage(
@@ -46,6 +59,7 @@ STAGES: Mapping[str, Stage] = {
         run="whimbrel.data.stages:run_tokenizer",
         version=1,
         inputs=("documents",),
+        several=("documents",),
     ),
     "tokens": Stage(
         settings="whimbrel.data.stages:TokensSettings",
@@ -53,21 +67,94 @@ STAGES: Mapping[str, Stage] = {
         version=1,
         inputs=("documents", "tokenizer"),
     ),
+    "farqa": Stage(
+        settings="whimbrel.data.farqa:FarqaSettings",
+        run="whimbrel.data.farqa:run",
+        version=1,
+        inputs=("documents",),
+    ),
     "pretrain": Stage(
         settings="whimbrel.train.stages:PretrainSettings",
         run="whimbrel.train.stages:run",
         version=1,
         inputs=("tokens", "tokenizer"),
+        optional=("model",),
+        several=("tokens",),
         model="model",
-        free=(
-            "train.threads",
-            "train.recompute",
-            "train.validate_every",
-            "train.validate_batches",
-            "train.checkpoint_every",
-            "train.keep",
-            "train.tensorboard",
-        ),
+        free=LOOP,
+    ),
+    "compress": Stage(
+        settings="whimbrel.compress.stages:CompressSettings",
+        run="whimbrel.compress.stages:run_compress",
+        version=1,
+        inputs=("model", "tokens"),
+        several=("tokens",),
+        model="model",
+        free=tuple(name for name in LOOP if name != "train.validate_batches"),
+    ),
+    "distill": Stage(
+        settings="whimbrel.compress.stages:DistillSettings",
+        run="whimbrel.compress.stages:run_distill",
+        version=1,
+        inputs=("teacher", "student", "tokens"),
+        several=("tokens",),
+        model="model",
+        free=LOOP,
+    ),
+    "tasks": Stage(
+        settings="whimbrel.data.tasks:TasksSettings",
+        run="whimbrel.data.tasks:run",
+        version=1,
+        inputs=(),
+    ),
+    "sft": Stage(
+        settings="whimbrel.align.sft:SftSettings",
+        run="whimbrel.align.sft:run",
+        version=1,
+        inputs=("model", "conversations"),
+        model="model",
+        free=LOOP,
+    ),
+    "pairs": Stage(
+        settings="whimbrel.align.pairs:PairsSettings",
+        run="whimbrel.align.pairs:run",
+        version=1,
+        inputs=("model", "prompts"),
+        free=("threads",),
+    ),
+    "dpo": Stage(
+        settings="whimbrel.align.preference:PreferenceSettings",
+        run="whimbrel.align.preference:run",
+        version=1,
+        inputs=("model", "pairs"),
+        model="model",
+        free=LOOP,
+    ),
+    "reward": Stage(
+        settings="whimbrel.align.reward:RewardSettings",
+        run="whimbrel.align.reward:run",
+        version=1,
+        inputs=("model", "rated"),
+        model="model",
+        free=LOOP,
+    ),
+    "grpo": Stage(
+        settings="whimbrel.align.grpo:GrpoSettings",
+        run="whimbrel.align.grpo:run",
+        version=1,
+        inputs=("model", "prompts"),
+        optional=("validation",),
+        model="model",
+        free=LOOP,
+    ),
+    "merge": Stage(
+        settings="whimbrel.align.merge:MergeSettings",
+        run="whimbrel.align.merge:run",
+        version=1,
+        inputs=("first", "second", "validation"),
+        optional=("validation_other",),
+        model="model",
+        free=("threads",),
     ),
     "evaluate": Stage(
         settings="whimbrel.evaluate.stages:EvaluateSettings",

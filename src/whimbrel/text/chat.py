@@ -109,6 +109,19 @@ def render_pieces(
     return pieces
 
 
+def force_close(pieces: Sequence[Piece]) -> list[Piece]:
+    """The same text with the closing tag of each trained thought as an untrained piece of its own.
+
+    So a thought looks that somebody else has closed, as the engine does when a budget is spent.
+    """
+    result = []
+    for piece in pieces:
+        before, tag, after = piece.text.partition(tags.CLOSE) if piece.trained else (piece.text, "", "")
+        result.append(Piece(before, piece.trained))
+        result += [Piece(tag, False), Piece(after, True)] if tag else []
+    return result
+
+
 def _check(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages, start=1):
         if message["role"] not in ROLES:

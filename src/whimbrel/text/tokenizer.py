@@ -5,8 +5,8 @@ The engine underneath is the `tokenizers` library, so `tokenizer.json` gives the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,19 @@ _WORDS = "|".join(
 )
 _BYTES = 256
 _LEAST_RESERVED = 13  # up to <SPECIAL_12>, which the chat format needs
+
+
+def check_size(vocab_size: int, reserved: int) -> None:
+    """Raise `UserError` for a vocabulary that cannot hold its reserved slots and the 256 bytes."""
+    if reserved < _LEAST_RESERVED:
+        raise UserError(
+            f"reserved={reserved} leaves no room for the chat tokens; set reserved to {_LEAST_RESERVED} or more"
+        )
+    if vocab_size < reserved + _BYTES:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small for {reserved} reserved slots and {_BYTES} bytes; "
+            f"set vocab_size to {reserved + _BYTES} or more"
+        )
 
 
 class Tokenizer:
@@ -72,15 +85,7 @@ class Tokenizer:
         The slots are `<unk>` 0, `<s>` 1, `</s>` 2 and `<SPECIAL_i>` with id i. A pair of entries merges if it occurs
         `min_frequency` times. The same texts give the same vocabulary, whatever the number of threads.
         """
-        if reserved < _LEAST_RESERVED:
-            raise UserError(
-                f"reserved={reserved} leaves no room for the chat tokens; set reserved to {_LEAST_RESERVED} or more"
-            )
-        if vocab_size < reserved + _BYTES:
-            raise UserError(
-                f"vocab_size={vocab_size} is too small for {reserved} reserved slots and {_BYTES} bytes; "
-                f"set vocab_size to {reserved + _BYTES} or more"
-            )
+        check_size(vocab_size, reserved)
         backend = _untrained()
         names = ["<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, reserved))]
         trainer = trainers.BpeTrainer(
@@ -128,7 +133,7 @@ class Tokenizer:
         def piece(token: int) -> str | None:
             return None if skip_special and token in self._special_ids else self._backend.id_to_token(token)
 
-        return TextStream(lambda ids: self.decode(ids, skip_special=skip_special), piece)
+        return TextStream(lambda ids: self._short_text(tuple(ids), skip_special), piece)
 
     def render(
         self,
@@ -151,14 +156,17 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = True,
         generation: bool = False,
+        forced_close: bool = False,
     ) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, and for each whether the model is trained to write it (see `whimbrel.text.chat`).
 
         A trained stretch is encoded apart from what precedes it, as it will be when the model writes it after that
         prompt: no token spans both. With `generation` nothing is trained, and the ids are those of the rendered text.
+        `forced_close`: the thought is closed by the engine, so its tag is encoded apart and not trained.
         """
         renderer = chat.render_pieces if self._native else self._template.render_pieces
         pieces = renderer(messages, tools=tools, thinking=thinking, generation=generation)
+        pieces = chat.force_close(pieces) if forced_close else pieces
         if self._prefixes:
             return self._encode_whole(pieces)
         ids: list[int] = []
@@ -201,6 +209,11 @@ class Tokenizer:
     @property
     def _native(self) -> bool:
         return self.chat_template == chat.TEMPLATE
+
+    @cached_property
+    def _short_text(self) -> Callable[[tuple[int, ...], bool], str]:
+        """`decode` of the few ids at the end of a stream: the same ones return again and again."""
+        return lru_cache(2**16)(lambda ids, skip_special: self.decode(ids, skip_special=skip_special))
 
     @cached_property
     def _prefixes(self) -> bool:

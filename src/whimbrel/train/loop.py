@@ -79,7 +79,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; set train.{name} to 1 or more")
         for name in ("clip", "threads"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"train.{name} is {getattr(self, name)}; set train.{name} to 0 or more")
         if self.precision not in PRECISIONS:
             hint = nearest(self.precision, PRECISIONS)
@@ -113,8 +113,9 @@ def train(
     model: LanguageModel,
     folder: Path,
     report: Report = silent,
+    judge: Objective | None = None,
 ) -> dict[str, Any]:
-    """Train a model in place; returns figures of the run.
+    """Train a model in place; returns figures of the run. `judge` scores the held-out data, else the objective does.
 
     `folder` gets `metrics.jsonl`, `tensorboard/` and `checkpoints/`. If a checkpoint is there, the run goes on from it,
     bit for bit as if it had never stopped (on a CPU, with the same build of torch). Raises `Stopped` after SIGINT or
@@ -137,8 +138,8 @@ def train(
         session = time.perf_counter()
         for step in range(state.step, settings.steps + 1):
             if validation is not None and (step % settings.validate_every == 0 or step == settings.steps):
-                batches = [validation.batch(index) for index in range(settings.validate_batches)]
-                held_out = {"validation_loss": accumulate(model, objective, batches, precision, learn=False)[0]}
+                held = [validation.batch(index) for index in range(settings.validate_batches)]
+                held_out = {"validation_loss": accumulate(model, judge or objective, held, precision, learn=False)[0]}
                 log.write({"step": step} | held_out)
             if step == settings.steps:
                 break
@@ -177,11 +178,11 @@ def _begin(
     """Where to start: the newest whole checkpoint if it fits, else step 0, with memory and threads looked at first."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise UserError(f"{distributed.get_world_size()} processes were started; train runs in one, launch 1")
-    identity = _identity(settings, precision, objective, model)
+    said = identity(settings, precision, objective, model)
     found = checkpointing.newest(checkpoints, report)
     if found is not None:
         path, state = found
-        checkpointing.refuse_changes(path, state.identity, identity)
+        checkpointing.refuse_changes(path, state.identity, said)
         if _digest(source.batch(state.step * settings.accumulate - 1)) != state.data:
             raise UserError(
                 f"cannot go on from {path}: the data are not those it was trained on; "
@@ -201,10 +202,10 @@ def _begin(
         if model.device.type == "cpu"
         else torch.get_num_threads()
     )
-    return replace(found[1], threads=used) if found is not None else TrainState(0, used, identity)
+    return replace(found[1], threads=used) if found is not None else TrainState(0, used, said)
 
 
-def _identity(settings: TrainSettings, precision: str, objective: Objective, model: LanguageModel) -> dict[str, Any]:
+def identity(settings: TrainSettings, precision: str, objective: Objective, model: LanguageModel) -> dict[str, Any]:
     """Every setting that changes what is computed, as JSON keeps it."""
     kept = {name: value for name, value in asdict(settings).items() if name not in FREE}
     aim: dict[str, Any] = asdict(objective) if is_dataclass(objective) and not isinstance(objective, type) else {}

@@ -8,6 +8,7 @@ the last three the same way).
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from whimbrel.errors import UserError
 
 DECAYS = re.compile(
-    r"(^|\.)((embeddings|head|in_proj|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)\.weight|conv_weight)$"
+    r"(^|\.)((embeddings|head|in_proj|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj|reward)\.weight|conv_weight|lora_[AB])$"
 )
 STAYS = re.compile(r"(^|\.)((norm|norm_f)\.weight|(\w+_)?norm_weight|bias|(\w+_)?bias|A_log|D)$")
 
@@ -39,15 +40,15 @@ class OptimizerSettings:
     """On matrices only, times the learning rate of the step."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise UserError(f"optimizer.learning_rate is {self.learning_rate}; set it above 0, for example 1e-3")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; set it in [0, 1), for example 0.9")
-        if not self.eps > 0:
+        if not 0 < self.eps < math.inf:
             raise UserError(f"optimizer.eps is {self.eps}; set it above 0, for example 1e-8")
-        if self.weight_decay < 0:
-            raise UserError(f"optimizer.weight_decay is {self.weight_decay}; set it to 0 or more")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optimizer.weight_decay is {self.weight_decay}; set it to 0 or more, for example 0.1")
 
 
 def decays(name: str) -> bool:

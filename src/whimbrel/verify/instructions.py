@@ -89,7 +89,7 @@ def _quoted(text: str) -> bool:
 
 
 def _in(language: str, text: str, detect: Detect) -> bool:
-    return detect(text) in (language, "")
+    return not any(map(str.isalpha, text)) or detect(text) in (language, "")
 
 
 RULES: Mapping[str, Callable[..., bool]] = {

@@ -21,7 +21,7 @@ _NUMBER = re.compile(
     rf"(?:(?P<whole>\d+\s*)?\\frac\{{(?P<top>{_DECIMAL})\}}\{{(?P<bottom>{_DECIMAL})\}}"
     r"|(?P<whole2>\d+ +)?(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)"
     rf"|(?P<plain>{_DECIMAL}))"
-    r"(?P<percent>\s*%)?(?P<unit>[^\d=+*/\\<>|;{},:?]{0,60})"
+    r"(?P<percent>\s*%)?(?P<unit>[^\d=+*/\\<>|;{},:?%]{0,60})"
 )
 _MORE = re.compile(r"\b(?:or|and|not|to|nor)\b", re.IGNORECASE)
 _LINE = re.compile(r"^[ \t]*####[ \t]*(.+)$", re.MULTILINE)

@@ -7,6 +7,7 @@ two short lists of our own stand for that. Ends of lines end no sentence, as the
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 _ABBREVIATIONS = re.compile(
     r"(?:.*-)?(?:mrs?|ms|dr|prof|rev|hon|st|[sj]r|gen|col|capt|lt|sgt|gov|sen|rep|messrs|inc|corp|co|ltd|bros|vs|ave"
@@ -26,7 +27,7 @@ _INNER = re.compile(r"[(\"`{\[:;&#*@)}\],]|--")
 def count(text: str) -> int:
     """The number of sentences of a text; 0 for an empty one."""
     chunks = (re.sub(r"[\s\"')\]}‘’“”«»]+$", "", text) or text).split()
-    ends = (_ends(chunk, following) for chunk, following in zip(chunks, [*chunks[1:], ""], strict=True))
+    ends = (_ends(chunk, following) for chunk, following in pairwise([*chunks, ""]))
     return bool(chunks) + sum(ends)
 
 

@@ -1,8 +1,9 @@
-"""The native scan (native/src/scan.cpp): the plain recurrence in the first-level cache, its gradients written out."""
+"""The native scan (native/src/scan.cpp): products of small matrices in the caches, its gradients written out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,12 +14,31 @@ from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import scan as vectorised
 
+PIECE = 512
+"""Tokens from one state that is kept for the backward pass to the next."""
+
 _Scan = structure(
     "Scan",
-    "x dt a b c d initial y final offsets",
+    "x dt a b c d initial y final kept saved pieces first slots",
     "sequences heads width groups size x_stride b_stride c_stride",
 )
-_Gradients = structure("ScanGradients", "dy dfinal dx ddt da db dc dd dinitial", "")
+_Gradients = structure("ScanGradients", "dy dfinal dkept dx ddt da db dc dd dinitial", "")
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
+def _pieces(lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where pieces begin (and T); the first of each sequence (and their number); the row of `keep` each ends with, or
+    -1.
+    """
+    begins, first, begin = [0], [0], 0
+    for length in lengths:
+        end = begin + length
+        begins += sorted({*range(begin + PIECE, end, PIECE), *(k + 1 for k in keep if begin <= k < end), end} - {begin})
+        first.append(len(begins) - 1)
+        begin = end
+    slots = [keep.index(end - 1) if end - 1 in keep else -1 for end in begins[1:]]
+    return torch.tensor(begins), torch.tensor(first), torch.tensor(slots)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -27,40 +47,42 @@ def _rows(x: Tensor) -> Tensor:
     return x if dense else x.contiguous()
 
 
-def _describe(row: Sequence[Tensor | None], y: Tensor, final: Tensor, offsets: Tensor) -> Any:
-    x, dt, a, b, c, d, initial = row
+def _describe(row: Sequence[Tensor | None], results: Sequence[Tensor | None], pieces: Sequence[Tensor]) -> Any:
+    x, _, _, b, c, _, _ = row
     assert x is not None and b is not None and c is not None
-    pointers = [address(v) for v in (x, dt, a, b, c, d, initial, y, final, offsets)]
-    shape = (len(offsets) - 1, x.shape[1], x.shape[2], b.shape[1], b.shape[2])
+    pointers = [address(v) for v in (*row, *results, *pieces)]
+    shape = (len(pieces[1]) - 1, x.shape[1], x.shape[2], b.shape[1], b.shape[2])
     return _Scan(*pointers, *shape, x.stride(0), b.stride(0), c.stride(0))
 
 
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *rest: Any) -> Any:
-        initial, segments = rest
-        heads, width, size = *x.shape[1:], b.shape[2]
-        x, b, c = _rows(x), _rows(b), _rows(c)
-        dt, a, d = dt.contiguous(), a.contiguous(), d.contiguous()
+        initial, segments, keep, learn = rest
+        state = (*x.shape[1:], b.shape[2])
+        row = (_rows(x), dt.contiguous(), a.contiguous(), _rows(b), _rows(c), d.contiguous())
         initial = None if initial is None else initial.contiguous()
-        y = fresh(*x.shape)
-        final = torch.empty(segments.count, heads, width, size)
-        call("scan_forward", _describe((x, dt, a, b, c, d, initial), y, final, segments.starts))
-        ctx.save_for_backward(x, dt, a, b, c, d, initial, y)
-        ctx.starts = segments.starts
-        return y, final
+        pieces = _pieces(segments.lengths, keep)
+        y, final, kept = fresh(*x.shape), torch.empty(segments.count, *state), torch.empty(len(keep), *state)
+        saved = fresh(len(pieces[2]), *state) if learn and len(pieces[2]) > segments.count else None
+        call("scan_forward", _describe((*row, initial), (y, final, kept, saved), pieces))
+        ctx.save_for_backward(*row, initial, y, saved)
+        ctx.pieces, ctx.state = pieces, (segments.count, *state)
+        ctx.set_materialize_grads(False)
+        return y, final, kept
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        *row, y = ctx.saved_tensors
+        *row, y, saved = ctx.saved_tensors
         _, dt, a, b, c, _, initial = row
-        dy, dfinal = (g.contiguous() for g in gradients)
-        dx, ddt, dinitial = fresh(*y.shape), torch.empty_like(dt), torch.empty_like(dfinal)
-        db, dc = fresh(*b.shape), fresh(*c.shape)
-        da, dd = torch.empty(len(dfinal), len(a)), torch.empty(len(dfinal), len(a))
-        outputs = [address(v) for v in (dy, dfinal, dx, ddt, da, db, dc, dd, dinitial)]
-        call("scan_backward", _describe(row, y, dfinal, ctx.starts), _Gradients(*outputs))
-        return dx, ddt, da.sum(0), db, dc, dd.sum(0), None if initial is None else dinitial, None
+        dy, dfinal, dkept = (None if g is None else g.contiguous() for g in gradients)
+        dy = torch.zeros_like(y) if dy is None else dy
+        dx, ddt, db, dc = fresh(*y.shape), torch.empty_like(dt), fresh(*b.shape), fresh(*c.shape)
+        da, dd = torch.empty(ctx.state[0], len(a)), torch.empty(ctx.state[0], len(a))
+        dinitial = None if initial is None else torch.empty(ctx.state)
+        outputs = [address(v) for v in (dy, dfinal, dkept, dx, ddt, da, db, dc, dd, dinitial)]
+        call("scan_backward", _describe(row, (y, None, None, saved), ctx.pieces), _Gradients(*outputs))
+        return dx, ddt, da.sum(0), db, dc, dd.sum(0), dinitial, None, None, None
 
 
 def ssd(
@@ -74,9 +96,10 @@ def ssd(
     initial_SHPN: Tensor | None = None,
     keep: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.torch.ssd`, in float32 on a CPU; other dtypes, devices and states at chosen tokens are left to it."""
+    """As `ops.torch.ssd`, in float32 on a CPU; other dtypes and devices are left to it."""
     row = (x_THP, dt_TH, a_H, b_TGN, c_TGN, d_H)
-    if keep or not segments.tokens or not fits(*row, initial_SHPN):
+    if not segments.tokens or not fits(*row, initial_SHPN):
         return vectorised.ssd(*row, segments, initial_SHPN, keep)
-    y_THP, final_SHPN = _Native.apply(*row, initial_SHPN, segments)
-    return y_THP, final_SHPN, final_SHPN[:0]
+    unique = tuple(dict.fromkeys(keep))
+    y_THP, final_SHPN, kept = _Native.apply(*row, initial_SHPN, segments, unique, torch.is_grad_enabled())
+    return y_THP, final_SHPN, kept if len(unique) == len(keep) else kept[[unique.index(k) for k in keep]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whimbrel.ops.packed import Packed, unpack
+
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim."""
@@ -20,9 +22,10 @@ def layer_norm_1p(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) ->
     return (unit * (1 + weight_D.to(x.dtype)) + bias_D.to(x.dtype)).to(x_TD.dtype)
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias."""
-    y_TO = (x_TD[:, None, :] * weight_OD).sum(-1)
+    weight = unpack(weight_OD).to(x_TD.dtype) if isinstance(weight_OD, Packed) else weight_OD
+    y_TO = (x_TD[:, None, :] * weight).sum(-1)
     return y_TO if bias_O is None else y_TO + bias_O
 
 

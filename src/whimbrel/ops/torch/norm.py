@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whimbrel.ops.packed import Packed, unpack
+
 
 def step_size(dt_TH: Tensor, bias_H: Tensor, limit: tuple[float, float]) -> Tensor:
     """softplus(dt + bias), clamped to `limit`. [T, H], at least float32."""
@@ -34,9 +36,9 @@ def gated_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps
     return (unit.flatten(-2) * weight_D.to(dtype)).to(y_TD.dtype)
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + bias."""
-    return F.linear(x_TD, weight_OD, bias_O)
+def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + bias. A packed matrix is unpacked first."""
+    return F.linear(x_TD, unpack(weight_OD) if isinstance(weight_OD, Packed) else weight_OD, bias_O)
 
 
 def relu2(x: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+"""Projections and embeddings whose weights have few bits. They are for inference: nothing here takes a gradient.
+
+In the state dict such a matrix is NAME.weight.codes and NAME.weight.scales, as on disk. O outputs, I inputs, V
+vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whimbrel import ops
+from whimbrel.errors import UserError
+from whimbrel.ops import packed
+from whimbrel.ops.packed import Packed
+
+
+class PackedWeight(nn.Module):
+    """Stands where a weight parameter stood; `value` is what `ops` takes. The arithmetic is float32."""
+
+    dtype = torch.float32
+    scales: Tensor | None
+
+    def __init__(self, value: Packed) -> None:
+        super().__init__()
+        self.shape, self.bits, self.group = value.shape, value.bits, value.group
+        self.register_buffer("codes", value.codes)
+        self.register_buffer("scales", value.scales)
+
+    @property
+    def value(self) -> Packed:
+        """The matrix, in the tensors this module holds now."""
+        codes = self._buffers["codes"]
+        assert codes is not None
+        return Packed(codes, self._buffers["scales"], self.shape, self.bits, self.group)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.value.codes.device
+
+
+class PackedLinear(nn.Module):
+    """x W^T + bias."""
+
+    def __init__(self, value: Packed, bias_O: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = PackedWeight(value)
+        self.bias = bias_O
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, I] -> [T, O]."""
+        return ops.linear(x_TD, self.weight.value, self.bias)
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of a packed matrix [V, D], in float32."""
+
+    def __init__(self, value: Packed) -> None:
+        super().__init__()
+        self.weight = PackedWeight(value)
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """[T] -> [T, D]."""
+        return packed.rows(self.weight.value, tokens_T)
+
+
+@torch.no_grad()
+def pack_model(model: Any, bits: int, group: int = 32) -> None:
+    """Round every matrix of a `LanguageModel` to the nearest of few bits, in place: projections, embedding, head."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(_round(child.weight, bits, group), child.bias))
+    embedding = PackedEmbedding(_round(model.embeddings.weight, bits, group))
+    if model.config.tie_embeddings:
+        model.head.tie(embedding)
+    else:
+        weight = model.head._parameters.pop("weight")
+        model.head.weight = PackedWeight(_round(weight, bits, group))
+    model.embeddings = embedding
+    model.touch()
+
+
+def _round(weight_OI: Tensor, bits: int, group: int) -> Packed:
+    inputs = weight_OI.shape[1]
+    if bits != 16 and (group not in packed.GROUPS or inputs % group):
+        works = [size for size in packed.GROUPS if inputs % size == 0]
+        raise UserError(
+            f"group_size is {group}, but a matrix has {inputs} inputs; "
+            + (f"set group_size to {works[-1]}" if works else "set bits to 16: 32 does not divide that number")
+        )
+    return packed.round_to_nearest(weight_OI, bits, group)
