@@ -1,4 +1,4 @@
-"""Answers on disk by what they depend on: one append-only JSONL file a model, `MODEL.jsonl`.
+"""Answers on disk by what they depend on: one append-only JSONL file a model, `MODEL.jsonl`, a part of a run a line.
 
 A row's key is the digest of the model's files, the number format, the prompt and the sampling, seed and budget among
 it. An answer's score is no part of it, so scoring can change without a token being computed again.
@@ -24,9 +24,9 @@ _FILES = ("config.json", "generation_config.json", "tokenizer*.json", "*.jinja",
 
 
 def digest(folder: Path) -> str:
-    """A model's key: 16 hexadecimal digits over the files that an answer depends on."""
+    """The key of a model's folder or file: 16 hexadecimal digits over what an answer depends on."""
     found = hashlib.sha256()
-    for path in sorted({path for form in _FILES for path in folder.glob(form)}):
+    for path in [folder] if folder.is_file() else sorted({path for form in _FILES for path in folder.glob(form)}):
         with open(path, "rb") as file:
             found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return found.hexdigest()[:16]
@@ -53,7 +53,7 @@ class Generations(dict[str, Mapping[str, Any]]):
         *lines, torn = self._file.read().split(b"\n")
         if torn:  # cut off while it was written
             self._file.truncate(sum(len(line) + 1 for line in lines))
-        super().__init__((row["key"], row) for row in map(json.loads, lines))
+        super().__init__((row["key"], row) for line in lines for row in json.loads(line))
 
     def __enter__(self) -> Generations:
         return self
@@ -62,9 +62,9 @@ class Generations(dict[str, Mapping[str, Any]]):
         self._file.close()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Keep rows (each with its `key`) in one write."""
+        """Keep rows (each with its `key`), all of them or, where the process dies, none."""
         rows = list(rows)
-        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        self._file.write(json.dumps(rows).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self.update((row["key"], row) for row in rows)

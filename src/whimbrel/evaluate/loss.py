@@ -44,7 +44,8 @@ def by_position(
 ) -> dict[str, Any]:
     """Mean loss (nats a token) and perplexity over windows, and the loss in each part of a window.
 
-    The first token of a window is given, and no document is seen from another. Intervals are clustered by document.
+    The first token of a window is given, and no document is seen from another. Intervals are clustered by document,
+    those of a single one by window.
     """
     length, found = settings.length, []
     cut = (
@@ -56,6 +57,9 @@ def by_position(
         (logprobs,) = score_pairs(model, [(ids[:1], ids[1:])], length)
         found.append((number, np.where(learn, -np.array(logprobs), np.nan)))
         report({"event": "progress", "done": len(found), "total": settings.windows, "unit": "windows", "text": "loss"})
+    documents = len({number for number, _ in found})
+    if documents == 1:
+        found = list(enumerate(losses for _, losses in found))
     edges = np.linspace(0, length - 1, settings.bins + 1).round().astype(int).tolist()
     parts = {(low, high): _figure(found, low, high) for low, high in [(0, length - 1), *pairwise(edges)]}
     whole = parts.pop((0, length - 1))
@@ -66,7 +70,7 @@ def by_position(
         "perplexity": math.exp(whole["mean"]),
         "positions": [{"from": low + 1, "to": high, **part} for (low, high), part in parts.items() if part],
         "windows": len(found),
-        "documents": len({number for number, _ in found}),
+        "documents": documents,
         "tokens": int(sum(np.isfinite(losses).sum() for _, losses in found)),
     }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pydantic import Field
 
 from whimbrel.config import Settings
+from whimbrel.errors import UserError
 from whimbrel.evaluate.tasks import Item
 
 _NOISE = (
@@ -54,6 +55,8 @@ def _needle(
     hidden = [f"The code of the {name} is {code}." for name, code in zip(names, codes, strict=True)]
     room = length - sum(tokens(f" {sentence}") for sentence in hidden)
     text: list[str] = []
+    if room < 0:
+        raise UserError(f"needle.lengths holds {length}, too few for {len(names)} codes; set it to {length - room}")
     while (room := room - tokens(f" {(sentence := draw.choice(_NOISE))}")) >= 0:
         text.append(sentence)
     for sentence in hidden[1:]:

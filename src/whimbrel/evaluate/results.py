@@ -54,8 +54,8 @@ def figures(samples: Sequence[Sample]) -> dict[str, Any]:
     found["well_formed"] = share(made, lambda sample: float(well_formed(sample)))
     found["thinking_ended"] = dict(Counter(sample["thinking_ended"] for sample in made))
     found |= _of_many(list(_by(made, "id").values()))
-    if "strict" in made[0]:
-        found["instructions"] = _instructions([sample for sample in made if "strict" in sample])
+    if graded := [sample for sample in made if "strict" in sample]:
+        found["instructions"] = _instructions(graded)
     groups = _by(made, "group")
     if len(groups) > 1:
         found["groups"] = {name: share(group, right) for name, group in groups.items()}
@@ -69,28 +69,30 @@ def _of_many(problems: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     if not whole:
         return {}
 
-    def figure(value: Callable[[Sequence[Sample]], float]) -> statistics.Figure:
-        values = [{"cluster": group[0]["cluster"], "value": value(group)} for group in whole]
-        return share(values, lambda row: row["value"])
+    def figure(values: Sequence[float]) -> statistics.Figure:
+        rows = [{"cluster": group[0]["cluster"], "value": value} for group, value in zip(whole, values, strict=True)]
+        return share(rows, lambda row: row["value"])
 
-    sizes = sorted({k, *(2**power for power in range(k.bit_length()) if 2**power <= k)})
+    sizes = sorted({k, *(2**power for power in range(k.bit_length()))})
+    counts = [int(sum(map(right, group))) for group in whole]
     found: dict[str, Any] = {"k": k}
-    found["pass_at"] = {
-        str(size): figure(lambda group, size=size: statistics.pass_at(int(sum(map(right, group))), k, size))  # type: ignore[misc]
-        for size in sizes
-    }
+    found["pass_at"] = {str(n): figure([statistics.pass_at(count, k, n) for count in counts]) for n in sizes}
     if any(sample["extracted"] is not None for group in whole for sample in group):
-        found["majority"] = figure(lambda g: statistics.majority([s["extracted"] for s in g], [right(s) for s in g]))
+        votes = [[sample["extracted"] for sample in group] for group in whole]
+        found["majority"] = figure(
+            [statistics.majority(vote, list(map(right, group))) for vote, group in zip(votes, whole, strict=True)]
+        )
     return found
 
 
 def _instructions(samples: Sequence[Sample]) -> dict[str, statistics.Figure]:
     """IFEval's four figures: all instructions of a prompt, or each for itself; strictly, or in one of eight forms."""
-    found = {}
+    found, problems = {}, list(_by(samples, "cluster").values())
     for mode in ("strict", "loose"):
-        verdicts = [sample[mode] for group in _by(samples, "cluster").values() for sample in group]
-        found[f"prompt_{mode}"] = statistics.share([[float(all(each))] for each in verdicts])
-        found[f"instruction_{mode}"] = statistics.share([[float(one) for one in each] for each in verdicts])
+        found[f"prompt_{mode}"] = statistics.share([[float(all(one[mode])) for one in group] for group in problems])
+        found[f"instruction_{mode}"] = statistics.share(
+            [[float(verdict) for one in group for verdict in one[mode]] for group in problems]
+        )
     return found
 
 
@@ -103,23 +105,35 @@ def summary(samples: Sequence[Sample]) -> dict[str, list[dict[str, Any]]]:
 
 
 def compared(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, list[dict[str, Any]]]:
-    """The paired comparison of two evaluations, by task and budget, on the problems that both have answers to."""
-    old, new = (
-        {
-            place: {name: sum(map(right, one)) / len(one) for name, one in _by(group, "cluster").items()}
-            for place, group in _by([s for s in samples if s["outcome"] != DOWN], "task", "budget").items()
-        }
-        for samples in (before, after)
-    )
+    """The paired comparison of two evaluations, by task and budget, on the problems that both have answers to.
+
+    `UserError` if they have none in common.
+    """
+    old, new = _means(before), _means(after)
     found: dict[str, list[dict[str, Any]]] = {}
-    for place, means in new.items():
-        both = [name for name in means if name in old.get(place, ())]
+    for (task, budget), means in new.items():
+        others = old.get((task, budget), {})
+        both = [name for name in means if name in others]
         if both:
-            assert isinstance(place, tuple)
-            task, budget = place
-            pair = statistics.paired([old[place][name] for name in both], [means[name] for name in both])
+            pair = statistics.paired([others[name] for name in both], [means[name] for name in both])
             found.setdefault(task, []).append({"budget": budget, **pair})
+    if not found:
+        raise UserError("the evaluation `against` answers none of these problems; name one of the same tasks")
     return found
+
+
+def _means(samples: Sequence[Sample]) -> dict[Any, dict[Hashable, float]]:
+    """By (task, budget) the mean of each cluster, known by what was asked in it."""
+    found: dict[Any, dict[Hashable, float]] = {}
+    for place, group in _by([sample for sample in samples if sample["outcome"] != DOWN], "task", "budget").items():
+        clusters = _by(group, "cluster").values()
+        found[place] = {frozenset(map(_asked, one)): sum(map(right, one)) / len(one) for one in clusters}
+    return found
+
+
+def _asked(sample: Sample) -> str:
+    prompt = sample["prompt"]
+    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
 
 
 def read_samples(folder: Path) -> list[Sample]:

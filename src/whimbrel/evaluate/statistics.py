@@ -33,21 +33,24 @@ def _moments(clusters: Sequence[Sequence[float]]) -> tuple[float, float, int]:
 def share(clusters: Sequence[Sequence[float]]) -> Figure:
     """The mean of values in [0, 1] with a Wilson interval on the effective number of values.
 
-    That number is p(1 - p) over the variance of the mean between clusters, never less than the number of clusters nor
-    more than that of values (after Korn and Graubard 1998): with one value each it is Wilson's own interval, and ten
-    copies of a value count once.
+    That number is p(1 - p) over the variance of the mean between clusters (after Korn and Graubard 1998), at most the
+    number of values, at least Kish's n² / Σ nᵢ² (each cluster's values all the same), which also holds where every
+    value is. With one value each it is Wilson's own interval, and ten copies of a value count once.
     """
     mean, variance, total = _moments(clusters)
-    size = min(max(mean * (1 - mean) / variance, len(clusters)), total) if variance > 0 else len(clusters)
+    least = total**2 / sum(len(values) ** 2 for values in clusters)
+    size = min(max(mean * (1 - mean) / max(variance, 1e-12), least), total)
     spread = Z * math.sqrt(mean * (1 - mean) / size + Z**2 / (4 * size**2))
     middle, scale = mean + Z**2 / (2 * size), 1 + Z**2 / size
     return {"mean": mean, "low": max(0.0, (middle - spread) / scale), "high": min(1.0, (middle + spread) / scale)}
 
 
 def mean(clusters: Sequence[Sequence[float]]) -> Figure:
-    """The mean of any values with a normal interval from the spread between clusters."""
+    """The mean of any values with a normal interval from the spread between clusters; of one cluster without."""
     middle, variance, _ = _moments(clusters)
-    spread = Z * math.sqrt(variance * len(clusters) / max(len(clusters) - 1, 1))
+    if len(clusters) == 1:
+        return {"mean": middle}
+    spread = Z * math.sqrt(variance * len(clusters) / (len(clusters) - 1))
     return {"mean": middle, "low": middle - spread, "high": middle + spread}
 
 
@@ -62,7 +65,7 @@ def majority(extracted: Sequence[str | None], correct: Sequence[float]) -> float
     winners = {
         answer: value
         for answer, value in zip(extracted, correct, strict=True)
-        if answer and votes[answer] == max(votes.values())
+        if answer is not None and votes[answer] == max(votes.values())
     }
     return sum(winners.values()) / max(len(winners), 1)
 

@@ -161,7 +161,7 @@ STAGES: Mapping[str, Stage] = {
         run="whimbrel.evaluate.stages:run",
         version=1,
         inputs=("model",),
-        optional=("tasks", "text", "baseline"),
+        optional=("tasks", "text", "against"),
         free=("threads", "generations"),
     ),
     "sample": Stage(
