@@ -61,6 +61,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def record_row(name: str, row: str, result: Mapping[str, Any]) -> None:
+    """Keep one row of results/NAME.json. Rows may be of several days: each says when and where it was measured."""
+    path = RESULTS / f"{name}.json"
+    whole = json.loads(path.read_text()) if path.exists() else {"benchmark": name, "rows": {}}
+    whole["rows"][row] = {**result, "machine": machine()}
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(whole, indent=2) + "\n")
+
+
 def record(name: str, result: Mapping[str, Any]) -> None:
     """Print the result and keep it as results/NAME.json."""
     whole = {"benchmark": name, "machine": machine(), **result}

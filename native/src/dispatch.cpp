@@ -14,8 +14,7 @@
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
     void gemm(const Gemm&, int);                                                  \
     void linear(const Linear&, int);                                              \
-    void attention_step(const AttentionStep&, int);                               \
-    void mlp_step(const MlpStep&, int);                                           \
+    void decode(const Decode&, int);                                              \
     }
 
 DECLARE(baseline)
@@ -37,14 +36,13 @@ struct Form {
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
-    void (*attention_step)(const AttentionStep&, int);
-    void (*mlp_step)(const MlpStep&, int);
+    void (*decode)(const Decode&, int);
 };
 
 #define FORM(isa, here)                                                                                           \
     Form{#isa, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,      \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::gemm, whimbrel::isa::linear, whimbrel::isa::attention_step, whimbrel::isa::mlp_step}
+         whimbrel::isa::gemm, whimbrel::isa::linear, whimbrel::isa::decode}
 
 const Form forms[] = {
 #ifdef WHIMBREL_X86
@@ -97,7 +95,5 @@ void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 
 void whimbrel_linear(const Linear* linear, int threads) { now->linear(*linear, threads); }
 
-void whimbrel_attention_step(const AttentionStep* step, int threads) { now->attention_step(*step, threads); }
-
-void whimbrel_mlp_step(const MlpStep* step, int threads) { now->mlp_step(*step, threads); }
+void whimbrel_decode(const Decode* decode, int threads) { now->decode(*decode, threads); }
 }

@@ -87,31 +87,38 @@ struct Gemm {
     float eps;
 };
 
-// y [rows, outputs] = x [rows, inputs] times weight [outputs, inputs] transposed, plus bias (may be null).
+// The projection of x [rows, inputs] to y [rows, outputs], for a few rows.
 struct Linear {
-    const float *x, *weight, *bias;
+    Projection weight;
+    const float* x;
     float* y;
-    int64_t rows, inputs, outputs;
+    int64_t rows;
 };
 
-// One attention layer of decoding: y = x + o(attention(q, k, v of rms_norm(x))), [rows, width], one token of each sequence.
-// Biases, q_norm and k_norm may be null; half is 0 without rotary, else cos and sin are [rows, half]. k and v are pools of
-// blocks [blocks, block_size, kv_heads, head_width]; table [rows, table_stride] lists those of each row; lengths counts the
-// keys with the present one, which is written to its place.
-struct AttentionStep {
-    const float *x, *norm, *wq, *wk, *wv, *wo, *bq, *bk, *bv, *bo, *q_norm, *k_norm, *cos, *sin;
-    float *k, *v, *y;
-    const int64_t *table, *lengths;
-    int64_t rows, width, heads, kv_heads, head_width, half, block_size, table_stride;
-    float eps;
+// One layer of decoding, x + mixer(norm(x)): its weights, and the state of all sequences in it.
+struct Layer {
+    const float *norm, *norm_bias;  // no bias: RMSNorm; else LayerNorm with weight + 1
+    Projection first, second, third, last;  // Mamba-2: in, -, -, out; attention: q, k, v, o; feed-forward: up, gate, -, down
+    const float *conv_weight, *conv_bias, *a_log, *d, *dt_bias, *gated_norm;  // conv_weight [I, W]; conv_bias may be null
+    const float *q_norm, *k_norm;  // [head_width], or null
+    float *conv, *ssm;             // [slots, W-1, I], oldest first, and [slots, mamba_heads, mamba_width, state_size]
+    void *keys, *values;           // [blocks, block_size, kv_heads, head_width]
+    int64_t kind;                  // 0 Mamba-2, 1 attention, 2 feed-forward (gate without codes: squared ReLU, else SwiGLU)
 };
 
-// One feed-forward layer of decoding: y = x + down(act(up(rms_norm(x)))); gate null: squared ReLU, else SwiGLU.
-struct MlpStep {
-    const float *x, *norm, *up, *gate, *down, *up_bias, *gate_bias, *down_bias;
-    float* y;
-    int64_t rows, width, wide;
-    float eps;
+// One token of each of `rows` sequences through a whole network. hidden [rows, width] is what the final norm gives.
+struct Decode {
+    const Layer* layers;
+    Matrix embeddings;
+    const float *norm, *norm_bias;
+    const int64_t *tokens, *slots, *lengths;  // [rows]; lengths counts the keys with the present one
+    const int64_t* table;                     // [rows, table_stride]: the blocks of keys and values of each row
+    const double* frequencies;                // [half], of the rotation, or half 0
+    float* hidden;
+    int64_t count, rows, width;
+    int64_t heads, kv_heads, head_width, half, block_size, table_stride, kv_half;  // kv_half 1: float16
+    int64_t mamba_heads, mamba_width, groups, state_size, conv_width;
+    float eps, least_step, most_step;
 };
 
 WHIMBREL_EXPORT const char* whimbrel_isa();             // avx512, avx2 or baseline: what runs now
@@ -124,6 +131,5 @@ WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int thre
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
-WHIMBREL_EXPORT void whimbrel_attention_step(const AttentionStep* step, int threads);
-WHIMBREL_EXPORT void whimbrel_mlp_step(const MlpStep* step, int threads);
+WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);
 }

@@ -4,45 +4,22 @@ Float32: 2e-5 of the largest value; for the gradient of `a`, a sum over all toke
 subtracted.
 """
 
-import copy
 import gc
 import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import ISAS, gap, instruction_set
 
 from whimbrel import ops
-from whimbrel.model import LanguageModel, Layout, ModelConfig, State
 from whimbrel.ops import cpu, vectorised
 from whimbrel.ops.cpu import library
 from whimbrel.ops.segments import Segments
 
 pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason="the native library is not built here")
-WIDEST = cpu.isa()
-ISAS = [name for name in ("avx512", "avx2", "baseline") if cpu.load()[0] is not None and cpu.use(name)]
-if WIDEST is not None:
-    cpu.use(WIDEST)  # asking has changed it, for every test of this process
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(lambda lengths: sum(lengths) > 0)
-
-
-@contextmanager
-def instruction_set(name):
-    """Run the library in one instruction set inside the block."""
-    before = cpu.isa()
-    assert cpu.use(name)
-    try:
-        yield
-    finally:
-        assert cpu.use(before)
-
-
-def gap(got, expected, scale=None):
-    """The largest difference, as a share of the largest value (at least 0.1) or of a stated scale."""
-    scale = expected.detach().abs().max().clamp(min=0.1) if scale is None else scale
-    return ((got - expected).detach().abs() / scale).max().item()
 
 
 def with_gradients(function, leaves, seed):
@@ -150,86 +127,6 @@ def test_gated_norm(tokens, groups, width, seed):
         leaves,
         seed,
     )
-
-
-@settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 11), inputs=st.integers(1, 150), outputs=st.integers(1, 70), biased=st.booleans())
-def test_linear(rows, inputs, outputs, biased):
-    g = torch.Generator().manual_seed(rows)
-    x, weight, bias = (torch.randn(shape, generator=g) for shape in [(rows, inputs), (outputs, inputs), (outputs,)])
-    expected = vectorised.linear(x.double(), weight.double(), bias.double() if biased else None)
-    for isa in ISAS:
-        with instruction_set(isa), torch.no_grad():
-            assert gap(cpu.linear(x, weight, bias if biased else None), expected) < 2e-5, isa
-    assert cpu.linear(x, weight.requires_grad_()).requires_grad
-
-
-LAYERS = {
-    "plain": ModelConfig("*-*-", 50, 24, 40, num_attention_heads=4, num_key_value_heads=4, head_dim=7),
-    "qwen": ModelConfig(
-        "*-",
-        50,
-        64,
-        96,
-        "swiglu",
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        qk_norm=True,
-        rope_theta=1e4,
-    ),
-    "biased": ModelConfig(
-        "*-", 50, 33, 41, "swiglu", True, 4, 2, 10, attention_bias=True, rope_theta=1e4, rope_fraction=0.6
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("sequences", [1, 3, 8, 9])
-def test_a_layer_of_decoding_equals_the_layer_in_torch(name, sequences):
-    config, g = LAYERS[name], torch.Generator().manual_seed(sequences)
-    model = LanguageModel(config).initialise(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
-    past = torch.randint(1, 30, (sequences,), generator=g).tolist()
-    table = torch.randperm(8 * sequences, generator=g).view(sequences, 8)
-    tokens = torch.randint(0, 50, (sequences,), generator=g)
-    results = []
-    for isa in [*ISAS, "torch"]:
-        state = State.empty(config, slots=1, blocks=8 * sequences, block_size=4)
-        for pool in (*state.k.values(), *state.v.values()):
-            pool.copy_(torch.randn(pool.shape, generator=torch.Generator().manual_seed(1)))
-        layout = Layout.of([1] * sequences, past, slots=torch.zeros(sequences, dtype=torch.int64), block_table=table)
-        with torch.inference_mode(), ops.using("torch") if isa == "torch" else instruction_set(isa):
-            hidden = model(tokens, layout, state)
-        results.append((hidden, *state.k.values(), *state.v.values()))
-    for got in results[:-1]:
-        assert all(gap(y, expected) < 2e-5 for y, expected in zip(got, results[-1], strict=True))
-
-
-def test_a_copied_or_changed_model_decodes_with_its_own_weights():
-    model = LanguageModel(LAYERS["qwen"]).initialise(0)
-
-    def decode(model):
-        state = State.empty(model.config, slots=1, blocks=2, block_size=4)
-        for pool in (*state.k.values(), *state.v.values()):
-            pool.fill_(0.5)
-        layout = Layout.of([1], [3], slots=torch.tensor([0]), block_table=torch.tensor([[1, 0]]))
-        with torch.inference_mode():
-            return model(torch.tensor([7]), layout, state)
-
-    first = decode(model)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        twin.layers[1].mixer.up_proj.weight.mul_(2)
-        twin.layers[0].mixer.q_proj = torch.nn.Linear(64, 96, bias=False)
-        twin.layers[0].mixer.o_proj.weight = torch.nn.Parameter(model.layers[0].mixer.o_proj.weight * 3)
-    assert torch.equal(decode(model), first)
-    with ops.using("torch"):
-        expected = decode(twin)
-    torch.testing.assert_close(decode(twin), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(expected, first)
 
 
 def scan_of_slices(tokens=200, heads=4, width=16, groups=2, size=16):

@@ -145,7 +145,7 @@ def _floor(need: _Need, context: int, largest: int, bandwidth: float | None, pea
     alone = count.decode_bytes(need.config, context, 1, need.dtype, need.kv_dtype)
     together = count.decode_bytes(need.config, context, largest, need.dtype, need.kv_dtype) if largest else {}
     one, all_ = sum(alone.values()), sum(together.values())
-    flops, prompt = count.flops_per_token(need.config, context), _prompt_flops(need.config, context)
+    flops, prompt = count.flops_per_token(need.config, context), prompt_flops(need.config, context)
     read = -(-context // need.prefill_tokens) * alone["weights"]
     return {
         "decode_bytes": one,
@@ -197,7 +197,7 @@ class _Need:
         return low * BLOCK
 
 
-def _prompt_flops(config: ModelConfig, context: int) -> float:
+def prompt_flops(config: ModelConfig, context: int) -> float:
     """Operations to read a prompt: every token through the layers, the head for the last one only."""
     parts = count.flops(config, count.mean_context([context]))
     return context * (sum(parts.values()) - parts["head"]) + parts["head"]

@@ -60,8 +60,8 @@ def _cached(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layout: Layout, state: 
     """Write this call's keys and values, then attend over everything each sequence has."""
     keys, values = state.k[layer], state.v[layer]
     places_T = layout.places(state.block_size)
-    keys.flatten(0, 1)[places_T] = k_TKE
-    values.flatten(0, 1)[places_T] = v_TKE
+    keys.flatten(0, 1)[places_T] = k_TKE.to(keys.dtype)
+    values.flatten(0, 1)[places_T] = v_TKE.to(values.dtype)
     count = layout.decodes
     parts = []
     if count:
@@ -73,6 +73,6 @@ def _cached(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layout: Layout, state: 
         cut, k_UKE, v_UKE = rest, k_TKE[count:], v_TKE[count:]
         if any(layout.past[count:]):
             cut, places_U = layout.history(state.block_size)
-            k_UKE, v_UKE = keys.flatten(0, 1)[places_U], values.flatten(0, 1)[places_U]
+            k_UKE, v_UKE = (pool.flatten(0, 1)[places_U].to(q_THE.dtype) for pool in (keys, values))
         parts.append(ops.attention(q_THE[count:], k_UKE, v_UKE, rest, cut))
     return torch.cat(parts) if len(parts) > 1 else parts[0]

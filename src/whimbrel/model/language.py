@@ -42,14 +42,9 @@ class Layer(nn.Module):
         self.index = index
         self.norm = make_norm(config, device, dtype)
         self.mixer = _MIXERS[config.pattern[index]](config, device, dtype)
-        self.decoder = Decoder(self.norm, self.mixer)
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None) -> Tensor:
         """[T, D] -> [T, D]."""
-        if state is not None and layout.only_decodes:
-            y_TD = self.decoder(x_TD, layout, state, self.index)
-            if y_TD is not None:
-                return y_TD
         return x_TD + self.mixer(self.norm(x_TD), layout, state, self.index)
 
 
@@ -94,6 +89,7 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index, device, dtype) for index in range(config.layers))
         self.norm_f = make_norm(config, device, dtype)
         self.head = Head(config, self.embeddings)
+        self.decoder = Decoder()
 
     def forward(self, tokens: Tensor, layout: Layout | None = None, state: State | None = None) -> Tensor:
         """tokens_T and a layout -> hidden_TD after the final norm, of `layout.rows` if given. tokens_BL alone ->
@@ -110,6 +106,10 @@ class LanguageModel(nn.Module):
                 )
             flat = Layout.of([length] * batch, device=tokens.device)
             return self.head(self(tokens.flatten(), flat)).unflatten(0, (batch, length))
+        if state is not None and layout.only_decodes:
+            hidden_TD = self.decoder(self, tokens, layout, state)
+            if hidden_TD is not None:
+                return hidden_TD if layout.rows is None else hidden_TD[layout.rows]
         x_TD = self.embeddings(tokens)
         for layer in self.layers:
             x_TD = layer(x_TD, layout, state)

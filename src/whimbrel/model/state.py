@@ -20,7 +20,7 @@ class State:
     """The memory of all sequences, one tensor a layer. The SSM state is float32 whatever the model's dtype."""
 
     conv: dict[int, Tensor]
-    """Layer -> tail_SI(W-1): the last inputs of the convolution, oldest first."""
+    """Layer -> tail_SI(W-1): the last inputs of the convolution, oldest first. Channels are neighbours in memory."""
     ssm: dict[int, Tensor]
     """Layer -> state_SHPN, float32."""
     k: dict[int, Tensor]
@@ -37,19 +37,22 @@ class State:
         blocks: int,
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> State:
-        """Room for `slots` recurrent states (zeros) and `blocks` blocks of `block_size` tokens (any values)."""
-        tail = (slots, config.conv_channels, config.conv_kernel - 1)
+        """Room for `slots` recurrent states (zeros) and `blocks` blocks of `block_size` tokens (any values) in
+        `kv_dtype` (None: `dtype`).
+        """
+        tail = (slots, config.conv_kernel - 1, config.conv_channels)
         state = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         block = (blocks, block_size, config.num_key_value_heads, config.head_dim)
         mamba, attention = config.indices(MAMBA), config.indices(ATTENTION)
         return cls(
-            conv={i: torch.zeros(tail, dtype=dtype, device=device) for i in mamba},
+            conv={i: torch.zeros(tail, dtype=dtype, device=device).transpose(1, 2) for i in mamba},
             ssm={i: torch.zeros(state, dtype=torch.float32, device=device) for i in mamba},
             # Not filled: a place is written before it is read, and on a CPU untouched pages cost nothing.
-            k={i: torch.empty(block, dtype=dtype, device=device) for i in attention},
-            v={i: torch.empty(block, dtype=dtype, device=device) for i in attention},
+            k={i: torch.empty(block, dtype=kv_dtype or dtype, device=device) for i in attention},
+            v={i: torch.empty(block, dtype=kv_dtype or dtype, device=device) for i in attention},
             block_size=block_size,
         )
 

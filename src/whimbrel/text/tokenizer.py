@@ -20,7 +20,7 @@ from whimbrel.text.stream import TextStream
 from whimbrel.text.template import ChatTemplate
 
 # Merges stay inside one of these, in the manner of the Nemotron tokenizer's pattern: a digit stands alone.
-_WORDS = "|".join(
+WORDS = "|".join(
     (
         r"\p{N}",
         # A word with at most one space or sign before it, cut where a capital follows a small letter.
@@ -241,7 +241,7 @@ def _untrained() -> Backend:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -3,10 +3,26 @@
 Operations that are not here run in `ops/torch`, and so does everything where the library was not built.
 """
 
-from whimbrel.ops.cpu.library import isa, load, use
+from whimbrel.ops.cpu.decode import Decode, network
+from whimbrel.ops.cpu.library import fits, isa, load, use
 from whimbrel.ops.cpu.linear import FEW, linear
+from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
 from whimbrel.ops.cpu.pointwise import conv, gated_norm
 from whimbrel.ops.cpu.scan import ssd
-from whimbrel.ops.cpu.step import AttentionStep, MlpStep
 
-__all__ = ["FEW", "AttentionStep", "MlpStep", "conv", "gated_norm", "isa", "linear", "load", "ssd", "use"]
+__all__ = [
+    "FEW",
+    "Decode",
+    "Matrix",
+    "Projection",
+    "conv",
+    "fits",
+    "gated_norm",
+    "isa",
+    "linear",
+    "load",
+    "network",
+    "readable",
+    "ssd",
+    "use",
+]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,4 +75,27 @@ def call(name: str, *structures: ctypes.Structure) -> None:
     """Run one native function on torch's number of threads."""
     library, reason = load()
     assert library is not None, reason
+    begin = time.perf_counter() if _clocks else 0.0
     getattr(library, f"whimbrel_{name}")(*(ctypes.byref(s) for s in structures), torch.get_num_threads())
+    for clock in _clocks:
+        clock.seconds += time.perf_counter() - begin
+
+
+@dataclass
+class Clock:
+    """Time spent in native calls, as their caller sees it: waiting for threads included."""
+
+    seconds: float = 0.0
+
+
+_clocks: list[Clock] = []
+
+
+@contextmanager
+def timed() -> Iterator[Clock]:
+    """Count the time of native calls inside the block; outside of one a call costs nothing more."""
+    _clocks.append(clock := Clock())
+    try:
+        yield clock
+    finally:
+        _clocks.pop()

@@ -32,8 +32,8 @@ def paged_attention(q_SHE: Tensor, k_blocks: Tensor, v_blocks: Tensor, table: Te
     """One query of each sequence over the first `lengths[s]` keys of its blocks [blocks, block size, K, E]: y_SHE."""
     outputs = []
     for s, length in enumerate(lengths):
-        k_LKE = k_blocks[table[s]].flatten(0, 1)[:length]
-        v_LKE = v_blocks[table[s]].flatten(0, 1)[:length]
+        k_LKE = k_blocks[table[s]].flatten(0, 1)[:length].to(q_SHE.dtype)
+        v_LKE = v_blocks[table[s]].flatten(0, 1)[:length].to(q_SHE.dtype)
         outputs.append(attention(q_SHE[s : s + 1], k_LKE, v_LKE, Segments.of([1]), Segments.of([length])))
     return torch.cat(outputs)
 

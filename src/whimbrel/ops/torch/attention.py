@@ -81,14 +81,14 @@ def _together(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -
 
 def paged_attention(q_SHE: Tensor, k_blocks: Tensor, v_blocks: Tensor, table: Tensor, lengths: Sequence[int]) -> Tensor:
     """One query of each sequence over the first `lengths[s]` keys of its blocks [blocks, block size, K, E]: y_SHE. No
-    gradient.
+    gradient. Keys and values may be of fewer bits.
     """
     block_size, kv_heads, width = k_blocks.shape[1:]
     y_SHE = torch.empty_like(q_SHE)
     scaled = (q_SHE * width**-0.5).unflatten(1, (kv_heads, -1))
     for s, length in enumerate(lengths):
         blocks = table[s, : -(-length // block_size)]
-        k_KLE, v_KLE = (_history(x, blocks, length).transpose(0, 1) for x in (k_blocks, v_blocks))
+        k_KLE, v_KLE = (_history(x, blocks, length).transpose(0, 1).to(q_SHE.dtype) for x in (k_blocks, v_blocks))
         weights = torch.bmm(scaled[s], k_KLE.transpose(1, 2)).softmax(-1)
         y_SHE[s] = torch.bmm(weights, v_KLE).flatten(0, 1)
     return y_SHE

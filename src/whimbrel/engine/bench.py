@@ -1,0 +1,219 @@
+"""How fast a model reads prompts and decodes here, beside what the machine could do, and where the time goes.
+
+A step is what the engine computes of one: a layout, the forward over a state, the head, the most likely token. Sampling
+and text are left out. Decoding at a depth starts from a state filled with random numbers: a step does the same work
+whatever they are. docs/bench.md derives each figure.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from whimbrel.engine.plan import BLOCK, prompt_flops
+from whimbrel.errors import UserError
+from whimbrel.events import Report, silent
+from whimbrel.model import count
+from whimbrel.model.language import LanguageModel
+from whimbrel.model.layout import Layout
+from whimbrel.model.linear import pack_model
+from whimbrel.model.presets import PRESETS
+from whimbrel.model.state import State
+from whimbrel.ops import machine
+from whimbrel.ops.cpu.library import isa, timed
+from whimbrel.units import format_count
+
+BITS = {"float16": 16, "int8": 8, "int4": 4}
+PROMPT = 512
+"""Tokens of a prompt in one step, as in the engine."""
+SECONDS = 1.0
+"""A row is repeated for about so long, and three times at least."""
+
+
+class _Watch(TorchFunctionMode):
+    """Times every call of torch's Python interface from its outside: what runs inside is what runs without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds, self.calls = 0.0, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        begin = time.perf_counter()
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.seconds += time.perf_counter() - begin
+            self.calls += 1
+
+
+def _watching_costs() -> float:
+    """Seconds that being watched adds to one call of torch."""
+    tensor, calls = torch.zeros(1), 2000
+    plain = min(_clock(lambda: [tensor.dim() for _ in range(calls)]) for _ in range(3))
+    with _Watch() as watch:
+        watched = min(_clock(lambda: [tensor.dim() for _ in range(calls)]) for _ in range(3))
+    return max(0.0, watched - plain - watch.seconds / 3) / calls
+
+
+def _clock(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def parts(work: Callable[[], object], seconds: float) -> dict[str, float]:
+    """Median `seconds` of some work, and its `native_`, `torch_` and `python_seconds`, which add up to them.
+
+    Plain and watched runs take turns. The plain ones give the time; the watched ones the shares, after what watching
+    itself costs has been taken from python's.
+    """
+    cost, end = _watching_costs(), time.perf_counter() + seconds + _clock(work)
+    plain: list[float] = []
+    spent = [0.0, 0.0, 0.0]
+    while len(plain) < 3 or time.perf_counter() < end:
+        plain.append(_clock(work))
+        with timed() as native, _Watch() as watch:
+            wall = _clock(work)
+        rest = max(0.0, wall - native.seconds - watch.seconds - cost * watch.calls)
+        spent = [total + new for total, new in zip(spent, (native.seconds, watch.seconds, rest), strict=True)]
+    median = statistics.median(plain)
+    names = ("native_seconds", "torch_seconds", "python_seconds")
+    return {"seconds": median} | {name: median * s / sum(spent) for name, s in zip(names, spent, strict=True)}
+
+
+class Task:
+    """A model, and a state for `batch` sequences of `context` tokens, filled as if those had been read."""
+
+    def __init__(self, model: LanguageModel, context: int, batch: int) -> None:
+        self.model, self.context, self.batch = model, context, batch
+        self.blocks = -(-(context + 1) // BLOCK)
+        self.state = State.empty(model.config, slots=batch, blocks=batch * self.blocks, dtype=model.dtype)
+        for side in (self.state.k, self.state.v, self.state.ssm, self.state.conv):
+            for tensor in side.values():
+                tensor.normal_(0.0, 0.5)
+        self.slots_S = torch.arange(batch)
+        self.table = torch.arange(batch * self.blocks).view(batch, self.blocks)
+        self.tokens_T = torch.randint(model.config.vocab_size, (max(context, batch),))
+
+    def decode(self) -> Tensor:
+        """The next token of each sequence after a full context; the same step each time."""
+        return self._step(self.tokens_T[: self.batch], [1] * self.batch, self.context)
+
+    def prefill(self) -> None:
+        """Read one prompt as long as the context, as the engine does: so many tokens a step."""
+        for begin in range(0, self.context, PROMPT):
+            self.read(begin, min(PROMPT, self.context - begin))
+
+    def read(self, begin: int, tokens: int) -> Tensor:
+        """Read `tokens` tokens of one prompt that follow its first `begin`; the token after them."""
+        return self._step(self.tokens_T[begin : begin + tokens], [tokens], begin)
+
+    @torch.inference_mode()
+    def _step(self, tokens_T: Tensor, lengths: list[int], past: int) -> Tensor:
+        mine = slice(len(lengths))
+        rows = None if len(lengths) == len(tokens_T) else torch.tensor([len(tokens_T) - 1])
+        pasts = [past] * len(lengths)
+        layout = Layout.of(lengths, pasts, slots=self.slots_S[mine], block_table=self.table[mine], rows=rows)
+        return self.model.head(self.model(tokens_T, layout, self.state)).argmax(-1)
+
+    def bytes(self, task: str) -> int:
+        """Bytes that must move, from what is there: weights, keys and values read once, states read and written.
+
+        Of the embedding a step reads one row a sequence, besides the whole where it is the head too. A prompt reads
+        the weights and the keys before it once every 512 tokens.
+        """
+        config, held = self.model.config, self.state.bytes()
+        whole, table = _nbytes(self.model), _nbytes(self.model.embeddings)
+        weights = whole - table * (not config.tie_embeddings) + self.batch * table // config.vocab_size
+        kv = held["kv"] * (self.context + 1) // (self.blocks * BLOCK)
+        once = weights + 2 * (held["conv"] + held["ssm"])
+        steps = -(-self.context // PROMPT)
+        return once + kv if task == "decode" else steps * once + kv * (steps + 1) // 2
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def load(name: str, dtype: str) -> LanguageModel:
+    """The model of a folder, file, fetched name or hub id, or random weights in the shape of a preset, on the CPU.
+
+    float16, int8 and int4 are weights of so many bits, rounded to the nearest; the arithmetic is float32.
+    """
+    if dtype not in ("float32", *BITS):
+        raise UserError(f"dtype is {dtype!r}; set dtype to one of float32, {', '.join(BITS)}")
+    model = LanguageModel(PRESETS[name]).initialise(0) if name in PRESETS else LanguageModel.load(name)
+    if dtype in BITS:
+        pack_model(model, BITS[dtype])
+    return model
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """Whole numbers of 1 or more from a list such as 512,4096; `name` is the setting in an error."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"{name} is {text!r}; set --{name} to whole numbers of 1 or more, such as 512,4096")
+    return [int(word) for word in words]
+
+
+def run(
+    name: str, contexts: Sequence[int], batches: Sequence[int], dtype: str, threads: int = 0, report: Report = silent
+) -> dict[str, Any]:
+    """Load a model and measure a prompt of each length and a step of decoding at each depth and batch: plain data."""
+    if threads:
+        torch.set_num_threads(threads)
+    model, bandwidth, peak = load(name, dtype), machine.bandwidth(), machine.matmul_peak()
+    tasks = [("prefill", context, 1) for context in contexts]
+    tasks += [("decode", context, batch) for context in contexts for batch in batches]
+    rows = []
+    for done, (task, context, batch) in enumerate(tasks):
+        report({"event": "progress", "done": done, "total": len(tasks), "unit": "tasks", "text": f"{task} {context}"})
+        rows.append(measure(Task(model, context, batch), task, bandwidth, peak))
+    said = {"model": name, "parameters": count.total(model.config), "dtype": dtype, "native": isa()}
+    return said | {"threads": torch.get_num_threads(), "bandwidth": bandwidth, "peak": peak, "rows": rows}
+
+
+def measure(task: Task, name: str, bandwidth: float, peak: float) -> dict[str, Any]:
+    """Time a task's `prefill` or `decode`: a row. `bandwidth` bytes/s and `peak` operations/s are the machine's."""
+    config, context, prompt = task.model.config, task.context, name == "prefill"
+    tokens = context if prompt else task.batch
+    flops = prompt_flops(config, context) if prompt else tokens * count.flops_per_token(config, context + 1)
+    moved, split = task.bytes(name), parts(task.prefill if prompt else task.decode, SECONDS)
+    seconds = split["seconds"]
+    return {
+        "task": name,
+        "context": context,
+        "batch": task.batch,
+        "tokens_per_second": tokens / seconds,
+        **split,
+        "bytes_per_token": moved / tokens,
+        "flops_per_token": flops / tokens,
+        "bandwidth_share": moved / seconds / bandwidth,
+        "peak_share": flops / seconds / peak,
+    }
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """The table a person reads."""
+    head = (
+        f"{found['model']}: {format_count(found['parameters'])} parameters, {found['dtype']}, native: "
+        f"{found['native'] or 'none'}; {found['threads']} threads read {found['bandwidth'] / 1e9:.1f} GB/s here and "
+        f"multiply matrices at {found['peak'] / 1e9:.0f} GFLOP/s"
+    )
+    columns = "task     context  batch  tokens/s   ms/step  native  torch  python  MB/token  of bandwidth  of peak"
+    return "\n".join([head, "", columns, *map(_line, found["rows"])])
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    native, torch_, python = (100 * row[f"{part}_seconds"] / row["seconds"] for part in ("native", "torch", "python"))
+    return (
+        f"{row['task']:<7} {row['context']:>8,} {row['batch']:>6} {row['tokens_per_second']:>9,.4g}"
+        f" {1000 * row['seconds']:>9,.4g} {native:>6.1f}% {torch_:>5.1f}% {python:>6.1f}%"
+        f" {row['bytes_per_token'] / 1e6:>8,.4g} {row['bandwidth_share']:>13.1%} {row['peak_share']:>8.1%}"
+    )
