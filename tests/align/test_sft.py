@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def parts(row: dict[str, Any], mode: Any, seed: int = 0) -> list[tuple[str, bool
     tokenizer = vocabulary()
     ids, learn = encode(tokenizer, row, mode, np.random.default_rng(seed))
     cuts = [0, *(np.flatnonzero(np.diff(learn)) + 1).tolist(), len(ids)]
-    return [(tokenizer.decode(ids[a:b], skip_special=False), learn[a]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(tokenizer.decode(ids[a:b], skip_special=False), learn[a]) for a, b in pairwise(cuts)]
 
 
 def test_with_a_thought_everything_that_the_assistant_wrote_is_learned() -> None:
@@ -64,7 +65,7 @@ def test_a_thought_without_line_breaks_is_cut_anywhere_alike() -> None:
     tokenizer, thought = vocabulary(), "abcdefghij"
     found = Counter(shorten(tokenizer, thought, np.random.default_rng(seed)) for seed in range(900))
     assert set(found) == {thought[:length] for length in range(1, 10)}
-    assert 60 < min(found.values()) and max(found.values()) < 150  # 100 each
+    assert min(found.values()) > 60 and max(found.values()) < 150  # 100 each
 
 
 def test_a_cut_never_splits_a_character() -> None:
@@ -92,8 +93,8 @@ def test_modes_have_their_shares_whatever_is_held_out() -> None:
 
 def test_shards_hold_the_ids_and_masks_of_every_conversation(tmp_path: Path) -> None:
     settings, tokenizer = SftSettings(off=0.3, cut=0.3, heldout=0.2), vocabulary()
-    rows = [{"messages": [{"role": "user", "content": f"What is {n}?"},
-                          {"role": "assistant", "thinking": "a\nb\nc", "content": str(n)}]} for n in range(40)]  # fmt: skip
+    answers = [{"role": "assistant", "thinking": "a\nb\nc", "content": str(n)} for n in range(40)]
+    rows = [{"messages": [{"role": "user", "content": f"What is {n}?"}, answer]} for n, answer in enumerate(answers)]
     counts = write_rows(settings, rows, tokenizer, tmp_path, silent)
     chosen, held = modes(settings, 40)
     assert counts == dict(Counter(chosen)) and sum(counts.values()) == 40
