@@ -6,18 +6,18 @@ one line: exit code 2 for what the user can mend, 1 for what went wrong otherwis
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from whimbrel import __version__
 from whimbrel.errors import UserError
+from whimbrel.explain import explain
 
 if TYPE_CHECKING:
     from whimbrel.engine import Engine
@@ -231,6 +231,38 @@ def convert(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    to: Annotated[str, typer.Option(help="int8 or int4.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where to write.")],
+    group: Annotated[int, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")] = 32,
+    method: Annotated[str, typer.Option(help="rtn (to the nearest) or gptq (calibrated on --text).")] = "rtn",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Plain text like what the model will read; may be given again."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Numbers to compute with: float32; float16 needs half the memory.")] = (
+        "float32"
+    ),
+) -> None:
+    """Write a model whose matrices have few bits; perplexity before and after stands in its card.
+
+    The new folder is used as any other model is: `whimbrel chat FOLDER`.
+    """
+    from whimbrel.compress.quantize import quantize as work
+
+    display = _display()
+    display.start("quantize")
+    try:
+        made = work(model, out, to=to, group=group, method=method, texts=text or (), dtype=dtype, report=display.event)
+    finally:
+        display.stop()
+    for name, value in made.facts(dtype).items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(out)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, which fast paths are active, and why not the others."""
     from whimbrel import doctor as examining
@@ -345,61 +377,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if traceback:
             raise
-        message, code = explain(error)
+        message, code = explain(error, list(typer.main.get_command(app).commands))  # type: ignore[attr-defined]
         print(f"whimbrel: {message}", file=sys.stderr)
         return code
     if code == 130:  # typer's word for Ctrl-C
         print("whimbrel: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
     return code if isinstance(code, int) else 0
-
-
-def explain(error: BaseException) -> tuple[str, int]:
-    """One line for an error, with a way out, and the exit code."""
-    if hasattr(error, "format_message"):  # typer's usage errors, whose classes it keeps to itself
-        return _usage(error), 2
-    if isinstance(error, UserError):
-        return str(error), 2
-    if type(error).__name__ in ("Stopped", "StageError"):  # whimbrel.pipeline, not imported for an error's sake
-        return str(error), 130 if type(error).__name__ == "Stopped" else 1
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped; what was finished is kept, and the same command goes on from there", 130
-    if isinstance(error, OSError) and error.errno is not None:
-        return _system(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return "out of memory; make the batch, the context or the model smaller (`whimbrel plan` says what fits)", 1
-    what = f"{type(error).__name__}: {error}".splitlines()[0]
-    return f"this is a fault of ours: {what} (add --traceback to see where, and please report it)", 1
-
-
-def _usage(error: Any) -> str:
-    """Typer's sentence on one line, with the nearest command or the way to write a setting."""
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "whimbrel"
-    message = " ".join(str(error.format_message()).split()).rstrip(".?")
-    if message.startswith("No such command") and "Did you mean" not in message:
-        message += f"; known: {', '.join(typer.main.get_command(app).commands)}"  # type: ignore[attr-defined]
-    option = str(getattr(error, "option_name", "") or "")
-    if option.startswith("--") and context is not None and any(p.name == "overrides" for p in context.command.params):
-        message += f"; settings are written without dashes: {option.strip('-').replace('-', '_')}=VALUE"
-    return f"{message}; see: {command} --help"
-
-
-def _system(error: OSError) -> tuple[str, int]:
-    place = f"{error.filename}" if error.filename else "a file"
-    ways: dict[int | None, tuple[str, int]] = {
-        errno.ENOENT: (f"{place} does not exist (looked in {Path.cwd()})", 2),
-        errno.EACCES: (
-            f"{place} may not be read or written by this user; choose another place or change its rights",
-            2,
-        ),
-        errno.EPERM: (f"{place} may not be changed by this user; choose another place or change its rights", 2),
-        errno.EISDIR: (f"{place} is a folder; name a file", 2),
-        errno.ENOTDIR: (f"{place} goes through a file as if it were a folder; choose another path", 2),
-        errno.EROFS: (f"{place} is on a read-only disk; choose another place", 2),
-        errno.ENOSPC: (f"no space left on the disk for {place}; free some, then the same command goes on", 1),
-        errno.EDQUOT: (f"the disk quota is spent ({place}); free some space, then the same command goes on", 1),
-    }
-    return ways.get(error.errno, (f"{error.strerror or error} ({place})", 1))
 
 
 if __name__ == "__main__":

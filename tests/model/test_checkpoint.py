@@ -72,7 +72,7 @@ def error(*args, **kwargs):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_bytes", [10_000, 5_000_000_000])
 def test_a_round_trip_is_bit_equal_whatever_the_shards(tmp_path, dtype, tied, shard_bytes):

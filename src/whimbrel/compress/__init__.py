@@ -1,1 +1,1 @@
-"""A smaller model from a large one: what its units are worth, surgery, the search for a shape, distillation."""
+"""A smaller model from a large one: what units are worth, surgery, search for a shape, distillation, few bits."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from whimbrel.model import count
 from whimbrel.model.config import ATTENTION, LETTERS, ModelConfig
 
 
-def card(
-    name: str, config: ModelConfig, parameters: int, dtype: str, lineage: Sequence[str], licence: str | None
-) -> str:
-    """Markdown with the front matter that hubs read. `lineage`: a line for each model and data set it was made from."""
+def card(name: str, config: ModelConfig, stored: Mapping[str, str], lineage: Sequence[str], licence: str | None) -> str:
+    """Markdown with the front matter that hubs read. `stored`: rows of the table about the weights, `stored as` first;
+    `lineage`: a line for each model and data set it was made from.
+    """
     layers = ", ".join(f"{config.count(letter)} {word}" for letter, word in LETTERS.items() if config.count(letter))
     heads = (
         f"{config.num_attention_heads} ({config.num_key_value_heads} for keys and values)"
@@ -25,8 +26,8 @@ def card(
         "attention heads": heads,
         "vocabulary": f"{config.vocab_size:,}",
         "context it was made for": f"{config.max_position_embeddings:,} tokens",
-        "parameters": f"{parameters:,}",
-        "stored as": dtype,
+        "parameters": f"{count.total(config):,}",
+        **stored,
     }
     made_from = [f"* {line}" for line in lineage] or ["* not stated by the program that wrote this folder"]
     front = [

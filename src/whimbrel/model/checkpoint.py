@@ -2,6 +2,7 @@
 
 Loading builds the model without memory, checks every name, shape and kind of number before it reads one weight, then
 reads tensor by tensor straight to dtype and device: the peak is the model and one tensor. Nothing is re-initialised.
+Matrices of few bits (and float16 ones, which a CPU multiplies in float32) are not read but mapped, and used in place.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from whimbrel.errors import UserError, nearest
 from whimbrel.files import atomic_folder
-from whimbrel.model import families, fetch, gguf, tensors
+from whimbrel.model import families, fetch, fewbits, gguf, tensors
 from whimbrel.model.arena import Arena
 from whimbrel.model.card import card
 from whimbrel.model.config import ModelConfig
+from whimbrel.model.fewbits import FewBits
 from whimbrel.model.language import LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -98,6 +100,12 @@ def load_config(source: str | Path) -> ModelConfig:
     return replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
 
 
+def load_form(source: str | Path) -> FewBits | None:
+    """How the matrices of a model that is not loaded are stored, if they have few bits."""
+    file = resolve(source) / "config.json"
+    return fewbits.from_config(_json(file), str(file)) if file.exists() else None
+
+
 def _gguf_in(path: Path) -> Path:
     """The path itself, or the only `.gguf` file of a folder."""
     found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
@@ -121,25 +129,40 @@ def _json(file: Path) -> dict[str, Any]:
 def load(
     source: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> LanguageModel:
-    """The model of a folder, file, fetched name or hub id. Mamba's A_log, D and dt_bias are always float32."""
+    """The model of a folder, file, fetched name or hub id. Mamba's A_log, D and dt_bias are always float32.
+
+    float16 on a CPU means matrices of 16 bits; all else, and the arithmetic, is float32. So it is with matrices of
+    fewer bits, on every device.
+    """
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if kind is None:
         raise UserError(f"dtype is {dtype!r}; {nearest(str(dtype), DTYPES)} (set dtype to one of {', '.join(DTYPES)})")
     path = resolve(source)
-    config = load_config(path)
-    weights, table = opened(path, config)
+    config, form = load_config(path), load_form(path)
+    if form is not None and kind != torch.float32:
+        raise UserError(f"dtype is {dtype}, but {path} holds {form.name}, computed in float32; set dtype to float32")
+    if kind == torch.float16 and torch.device(device).type == "cpu":
+        form, kind = FewBits(16), torch.float32
+    weights, names = _source(path, config)
     model = LanguageModel(config, device="meta", dtype=kind)
+    if form is not None:
+        fewbits.prepare(model, form, names, str(path))
+    table = _table(fewbits.on_disk(model, names), weights, path)
     fill(model, weights, table, torch.device(device), path)
     return model
 
 
 def opened(path: Path, config: ModelConfig) -> tuple[Source, dict[str, str]]:
     """Where a resolved model's tensors lie, and our name of each -> its name there; `UserError` if they do not fit."""
+    weights, names = _source(path, config)
+    return weights, _table(names, weights, path)
+
+
+def _source(path: Path, config: ModelConfig) -> tuple[Source, dict[str, str]]:
+    """The tensors of a folder or `.gguf` file, and our name of each -> its name in that form."""
     if path.is_file() or (list(path.glob("*.gguf")) and not list(path.glob("*.safetensors"))):
-        file = gguf.GGUF(_gguf_in(path))
-        return file, _table(gguf.names(config), file, path)
-    folder = tensors.SafeTensors(path)
-    return folder, _table(families.names(config), folder, path)
+        return gguf.GGUF(_gguf_in(path)), gguf.names(config)
+    return tensors.SafeTensors(path), families.names(config)
 
 
 def _table(names: Mapping[str, str], source: Source, where: Path) -> dict[str, str]:
@@ -154,8 +177,9 @@ def _table(names: Mapping[str, str], source: Source, where: Path) -> dict[str, s
     missing = [names[ours] for ours, theirs in table.items() if not theirs]
     if missing:
         raise UserError(f"{where} lacks {_few(missing)}, which its config asks for; copy the whole folder of the model")
-    if "head.weight" not in names:
-        _same(source, there.pop("lm_head.weight", None), table["embeddings.weight"], where)
+    embeddings = names.get("embeddings.weight", names.get("embeddings.weight.codes", ""))
+    if not any(ours.startswith("head.") for ours in names) and embeddings.endswith(".weight"):
+        _same(source, there.pop("lm_head.weight", None), embeddings, where)
     if there:
         raise UserError(
             f"{where} holds {_few(list(there.values()))}, which its config does not know; use its own config.json"
@@ -177,8 +201,11 @@ def _same(source: Source, head: str | None, embeddings: str, where: Path) -> Non
 
 
 def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device: torch.device, where: Path) -> None:
-    """Give every parameter of a model on the meta device its tensor. All shapes are checked before one is read."""
-    wanted = dict(model.named_parameters())
+    """Give every tensor of a model on the meta device its values. All shapes are checked before one is read.
+
+    Codes and scales stay where the file is mapped, if they lie there as the model wants them and it is on a CPU.
+    """
+    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert set(wanted) == set(table), f"the name map and the model differ: {set(wanted) ^ set(table)}"
     for ours, theirs in table.items():
         shape, found = families.disk_shape(theirs, wanted[ours].shape), source.shapes[theirs]
@@ -186,14 +213,37 @@ def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device:
             raise UserError(
                 f"{where}: tensor {theirs} is {list(found)}, but config.json asks for {list(shape)}; use its own config"
             )
-    arena = Arena(sum(p.nbytes for p in wanted.values()), len(wanted)) if device.type == "cpu" else None
+    mapped = _mapped(wanted, source, table, where)
+    copied = [tensor for ours, tensor in wanted.items() if ours not in mapped]
+    arena = Arena(sum(t.nbytes for t in copied), len(copied)) if device.type == "cpu" else None
     for ours, theirs in table.items():
         old = wanted[ours]
-        tensor = arena.take(old.shape, old.dtype) if arena else torch.empty_like(old, device=device)
-        tensor.detach().copy_(source.read(theirs).reshape(old.shape))
+        if ours in mapped and arena:
+            tensor = mapped[ours]
+        else:
+            tensor = arena.take(old.shape, old.dtype) if arena else torch.empty_like(old, device=device)
+            tensor.detach().copy_(source.read(theirs).reshape(old.shape))
         owner, _, leaf = ours.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
+        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        setattr(model.get_submodule(owner), leaf, new)
     model.touch()
+
+
+def _mapped(wanted: Mapping[str, Tensor], source: Source, table: Mapping[str, str], where: Path) -> dict[str, Tensor]:
+    """Codes and scales as the file has them; left out are float16 codes of a file that has another kind of float."""
+    found = {}
+    for ours, old in wanted.items():
+        whole = table[ours].endswith((".codes", ".scales"))
+        if not isinstance(old, nn.Parameter) and (whole or isinstance(source, tensors.SafeTensors)):
+            tensor = source.read(table[ours])
+            if tensor.dtype == old.dtype:
+                found[ours] = tensor
+            elif whole:
+                raise UserError(
+                    f"{where}: tensor {table[ours]} is {tensor.dtype}, but config.json asks for {old.dtype}; "
+                    "use its own config"
+                )
+    return found
 
 
 def save(
@@ -203,35 +253,43 @@ def save(
     *,
     lineage: Sequence[str] = (),
     licence: str | None = None,
+    facts: Mapping[str, str] | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a Hugging Face folder of the model's family, whole or not at all, in the dtypes the parameters have.
 
-    lineage: one line for each model and data set it was made from, with its licence; licence: an SPDX name. Both go
-    into the model card. A folder that is there is replaced if it holds a model, and refused if it holds anything else.
+    lineage: one line for each model and data set it was made from, with its licence; licence: an SPDX name; facts: what
+    else the card's table says. All go into the model card. A folder that is there is replaced if it holds a model, and
+    refused if it holds anything else.
     """
     folder = Path(folder)
-    said = families.config_to_hf(model.config)
-    names = families.names(model.config)
+    check_target(folder)
+    config = model.config
+    said, table = families.config_to_hf(config), fewbits.on_disk(model, families.names(config))
+    tokenizer = _tokenizer_files(Path(tokenizer_folder)) if tokenizer_folder is not None else []
+    held = {table[ours]: tensor.detach() for ours, tensor in model.state_dict().items()}
+    shaped = {name: tensor.reshape(families.disk_shape(name, tensor.shape)) for name, tensor in held.items()}
+    form = fewbits.to_config(model, families.names(config))
+    if not form:  # no other program reads matrices of few bits
+        shaped |= {name: held[families.names(config)[ours]].clone() for name, ours in families.copies(config).items()}
+    dtype = str(held[families.names(config)["embeddings.weight"]].dtype if not form else model.dtype)
+    with atomic_folder(folder) as beside:
+        tensors.write(shaped, beside, shard_bytes)
+        _write_json(beside / "config.json", {**said, "torch_dtype": dtype.removeprefix("torch."), **form})
+        ids = {name: said[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if said[name] is not None}
+        _write_json(beside / "generation_config.json", ids)
+        stored = {"stored as": dtype.removeprefix("torch."), **(facts or {})}
+        (beside / "README.md").write_text(card(folder.name, config, stored, lineage, licence), encoding="utf-8")
+        for file in tokenizer:
+            shutil.copyfile(file, beside / file.name)
+
+
+def check_target(folder: Path) -> None:
+    """Raise `UserError` for a folder in which something else than a model lies."""
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(
             f"{folder} holds files that are not a model; save into a new folder, such as {folder / 'model'}"
         )
-    tokenizer = _tokenizer_files(Path(tokenizer_folder)) if tokenizer_folder is not None else []
-    dtype = str(model.dtype).removeprefix("torch.")
-    parameters = {names[ours]: parameter.detach() for ours, parameter in model.named_parameters()}
-    shaped = {name: tensor.reshape(families.disk_shape(name, tensor.shape)) for name, tensor in parameters.items()}
-    shaped |= {name: parameters[names[ours]].clone() for name, ours in families.copies(model.config).items()}
-    with atomic_folder(folder) as beside:
-        tensors.write(shaped, beside, shard_bytes)
-        _write_json(beside / "config.json", {**said, "torch_dtype": dtype})
-        ids = {name: said[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if said[name] is not None}
-        _write_json(beside / "generation_config.json", ids)
-        total = sum(tensor.numel() for tensor in parameters.values())
-        text = card(folder.name, model.config, total, dtype, lineage, licence)
-        (beside / "README.md").write_text(text, encoding="utf-8")
-        for file in tokenizer:
-            shutil.copyfile(file, beside / file.name)
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -45,6 +45,10 @@ def write(source: str | Path, file: str | Path, kind: str = "f16", report: Repor
         raise UserError(f"{file} is a folder; name a file, such as {file / 'model.gguf'}")
     path = checkpoint.resolve(source)
     config = checkpoint.load_config(path)
+    if (form := checkpoint.load_form(path)) is not None:
+        raise UserError(
+            f"{path} holds {form.name} already; name the model that it was made from, and --type q8_0 or q4_0"
+        )
     _check(config)
     weights, table = checkpoint.opened(path, config)
     tensors = _made(config) | {

@@ -67,21 +67,37 @@ class PackedEmbedding(nn.Module):
         return packed.rows(self.weight.value, tokens_T)
 
 
+def matrices(model: Any) -> dict[str, Tensor | Packed]:
+    """The weight of every projection, of the embedding and of a head of its own, by the name of its module."""
+    found: dict[str, Tensor | Packed] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | PackedLinear | PackedEmbedding) or name == "head":
+            weight = getattr(module, "weight", None)
+            found |= {} if weight is None else {name: weight.value if isinstance(weight, PackedWeight) else weight}
+    return found
+
+
+def place(model: Any, name: str, value: Packed) -> None:
+    """Put a packed matrix where one of the same shape stood; `name` is one of `matrices`. A tied head follows."""
+    if name == "head":
+        model.head._parameters.pop("weight", None)
+        model.head.weight = PackedWeight(value)
+    elif name == "embeddings":
+        model.embeddings = PackedEmbedding(value)
+        if model.config.tie_embeddings:
+            model.head.tie(model.embeddings)
+    else:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, PackedLinear(value, model.get_submodule(name).bias))
+    model.touch()
+
+
 @torch.no_grad()
 def pack_model(model: Any, bits: int, group: int = 32) -> None:
     """Round every matrix of a `LanguageModel` to the nearest of few bits, in place: projections, embedding, head."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(_round(child.weight, bits, group), child.bias))
-    embedding = PackedEmbedding(_round(model.embeddings.weight, bits, group))
-    if model.config.tie_embeddings:
-        model.head.tie(embedding)
-    else:
-        weight = model.head._parameters.pop("weight")
-        model.head.weight = PackedWeight(_round(weight, bits, group))
-    model.embeddings = embedding
-    model.touch()
+    for name, weight in matrices(model).items():
+        assert isinstance(weight, Tensor), f"{name} is packed already"
+        place(model, name, _round(weight, bits, group))
 
 
 def _round(weight_OI: Tensor, bits: int, group: int) -> Packed:

@@ -17,7 +17,9 @@ class Fields:
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
         self.raw, self.where = raw, where
-        self.only("quantization_config", None, "whose weights are compressed; load the checkpoint it was made from")
+        form = raw.get("quantization_config")
+        if not isinstance(form, dict) or form.get("quant_method") != "whimbrel":
+            self.only("quantization_config", None, "whose weights are compressed; load the checkpoint it was made from")
 
     def get(self, *spellings: str, default: Any = REQUIRED) -> Any:
         """The value under the first spelling that is there (null: absent); the default, or `UserError` without one."""
