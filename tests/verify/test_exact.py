@@ -27,5 +27,5 @@ def test_nothing_is_never_right() -> None:
 
 
 def test_an_unknown_verifier_is_named() -> None:
-    with pytest.raises(UserError, match="verifier is 'exakt'; set verifier to exact"):
+    with pytest.raises(UserError, match="verifier is 'exakt'; did you mean 'exact'"):
         check("exakt", "7", "7")
