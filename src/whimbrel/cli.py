@@ -59,6 +59,7 @@ STAGES = {
     "merge": "two models of one shape to the best point between them.",
     "compress": "a smaller model cut out of a large one, under a memory or a share of its parameters.",
     "distill": "a student learns from its teacher.",
+    "evaluate": "problems answered by a model, scored, with intervals.",
     "sample": "texts written by a model.",
 }
 

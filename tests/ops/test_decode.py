@@ -58,7 +58,12 @@ def place(sequences, seed=1):
     g = torch.Generator().manual_seed(seed)
     past = torch.randint(1, 200, (sequences,), generator=g).tolist()
     table = torch.randperm(50 * sequences, generator=g).view(sequences, 50)
-    return past, torch.randint(0, 50, (sequences,), generator=g), torch.randperm(sequences + 2)[:sequences], table
+    return (
+        past,
+        torch.randint(0, 50, (sequences,), generator=g),
+        torch.randperm(sequences + 2, generator=g)[:sequences],
+        table,
+    )
 
 
 def step(model, past, tokens, slots, table, kv_dtype=torch.float32):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whimbrel import ops
-from whimbrel.align import lora
+from whimbrel.align.lora import LoraSettings
 from whimbrel.align.tuning import Tuning, check_counts, load, parts, read_rows, tune
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report
@@ -50,7 +50,7 @@ class PreferenceSettings(Tuning):
     """Weight of the chosen answers' cross-entropy, a mean over their tokens."""
     pairs: int = 16
     """Pairs of a micro-batch."""
-    lora: lora.LoraSettings | None = None
+    lora: LoraSettings | None = None
     """Train adapters and leave the model's own weights alone."""
     train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=100))
 

@@ -1,7 +1,7 @@
 """The stage `sft`: conversations become packed rows, of which only what the assistant wrote is learned.
 
 Three modes (Nemotron Nano 2, arXiv 2508.14444, sections 3.2 to 3.4). `on`: the thought as it is. `off`: no thought, in
-the form of thinking off. `cut`: the thought ends early, at a line break if one follows, its closing tag is read but
+the form of thinking off. `cut`: the thought ends early, at the end of a line, its closing tag is read but
 not learned (the engine writes it), and the answer stays: so the model learns to answer from where it was stopped.
 
 OUT/model/       the tuned model; with `lora` the adapters are merged into it
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from whimbrel.align import lora
+from whimbrel.align.lora import LoraSettings
 from whimbrel.align.tuning import Tuning, check_counts, check_shares, load, read_rows, tune
 from whimbrel.data import shards
 from whimbrel.data.pack import Source, WholeDocuments
@@ -26,6 +26,7 @@ from whimbrel.errors import UserError
 from whimbrel.events import Report
 from whimbrel.model.checkpoint import resolve
 from whimbrel.text import Tokenizer
+from whimbrel.text.chat import tidy
 from whimbrel.train.objective import CrossEntropy
 from whimbrel.train.stages import torch_device
 
@@ -45,7 +46,7 @@ class SftSettings(Tuning):
     """Tokens of a row at most; conversations in it do not see each other, and none may be longer."""
     batch_rows: int = 1
     """Rows of a micro-batch."""
-    lora: lora.LoraSettings | None = None
+    lora: LoraSettings | None = None
     """Train adapters and leave the model's own weights alone."""
 
     def __post_init__(self) -> None:
@@ -63,22 +64,23 @@ def encode(
 
     Only the last message's thought is cut, at a place that `draw` gives.
     """
-    messages = list(row["messages"])
-    if mode == "cut" and messages[-1].get("thinking"):
-        messages[-1] = {**messages[-1], "thinking": shorten(tokenizer, messages[-1]["thinking"], draw)}
+    messages = tidy(row["messages"])
+    thought = messages[-1].get("reasoning_content")
+    if mode == "cut" and thought:
+        messages[-1]["reasoning_content"] = shorten(tokenizer, thought, draw)
         return tokenizer.encode_chat(messages, tools=row.get("tools"), forced_close=True)
     return tokenizer.encode_chat(messages, tools=row.get("tools"), thinking=mode != "off")
 
 
 def shorten(tokenizer: Tokenizer, thought: str, draw: np.random.Generator) -> str:
-    """A thought stopped after a number of tokens, all equally likely, and then at the next line break if there is one.
+    """A thought stopped after a number of tokens, all equally likely, and then at the end of the line.
 
-    This is where the engine stops a thought whose budget is spent.
+    This is where the engine stops a thought whose budget is spent. A thought of one line is stopped where it stands.
     """
     ids = tokenizer.encode(thought)
     kept = tokenizer.decode(ids[: int(draw.integers(1, max(len(ids), 2)))]).rstrip("\ufffd")
     end = thought.find("\n", max(len(kept) - 1, 0))
-    return kept if end < 0 else thought[:end]
+    return thought[:end] if end >= 0 else thought if "\n" in thought else kept
 
 
 def modes(settings: SftSettings, count: int) -> tuple[list[Mode], list[bool]]:

@@ -93,7 +93,13 @@ class Task:
     def __init__(self, model: LanguageModel, context: int, batch: int) -> None:
         self.model, self.context, self.batch = model, context, batch
         self.blocks = -(-(context + 1) // BLOCK)
-        self.state = State.empty(model.config, slots=batch, blocks=batch * self.blocks, dtype=model.dtype)
+        self.state = State.empty(
+            model.config,
+            slots=batch,
+            blocks=batch * self.blocks,
+            dtype=model.dtype,
+            kv_dtype=model.kv_dtype,
+        )
         for side in (self.state.k, self.state.v, self.state.ssm, self.state.conv):
             for tensor in side.values():
                 tensor.normal_(0.0, 0.5)

@@ -127,6 +127,11 @@ class LanguageModel(nn.Module):
         return self.embeddings.weight.dtype
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """The dtype that keys and values are kept in: the weights', but float16 beside packed weights."""
+        return torch.float16 if isinstance(self.embeddings, PackedEmbedding) else self.dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self.embeddings.weight.device

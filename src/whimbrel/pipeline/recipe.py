@@ -27,7 +27,7 @@ from whimbrel.pipeline.stages import STAGES, Stage, locate
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TOP = ("name", "about", "seed", "stages")
 _NODE = ("stage", "inputs", "config")
-_TAKEN = ("stages", "logs", "old")
+_TAKEN = ("stages", "logs", "old", "generations")
 
 
 @dataclass(frozen=True)

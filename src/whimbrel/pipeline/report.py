@@ -31,6 +31,7 @@ ABOUT = {
     "pretrain": "tokens to a model",
     "compress": "a smaller model cut out",
     "distill": "it learns from its teacher",
+    "evaluate": "problems answered and scored",
     "sample": "the model writes",
 }
 SHOWN = {

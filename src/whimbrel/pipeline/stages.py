@@ -156,6 +156,14 @@ STAGES: Mapping[str, Stage] = {
         model="model",
         free=("threads",),
     ),
+    "evaluate": Stage(
+        settings="whimbrel.evaluate.stages:EvaluateSettings",
+        run="whimbrel.evaluate.stages:run",
+        version=1,
+        inputs=("model",),
+        optional=("tasks", "text", "against"),
+        free=("threads", "generations"),
+    ),
     "sample": Stage(
         settings="whimbrel.pipeline.sample:SampleSettings",
         run="whimbrel.pipeline.sample:run",

@@ -1,0 +1,1 @@
+"""Evaluation: tasks, answers kept by what they depend on, scores with intervals, comparisons, sweeps of the budget."""
