@@ -41,7 +41,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_every_stage_has_a_command() -> None:
-    assert set(cli.STAGES) == set(STAGES)
+    assert set(cli.STAGES) | {"quantize"} == set(STAGES)  # quantize has a form of its own: it writes a folder
     assert set(STAGES) <= set(COMMANDS)
 
 

@@ -226,5 +226,5 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(tree: dict[str, An
 
 
 def test_tasks_without_their_input_are_refused() -> None:
-    with pytest.raises(UserError, match="the input tasks is not given; add --input tasks=FOLDER"):
+    with pytest.raises(UserError, match="no input tasks is given for it; add --input tasks=FOLDER"):
         stages.check(config.parse(stages.EvaluateSettings, {"tasks": {"gsm8k": {}}}), {})

@@ -19,6 +19,7 @@ from typing import Any
 from whimbrel.compress.distill import Distillation
 from whimbrel.compress.importance import DEPTH_SCORES, depths, measure
 from whimbrel.compress.prune import cut, prove, select
+from whimbrel.compress.quantize import quantize
 from whimbrel.compress.search import Axes, Bound, Candidate, candidates, choose, estimated, largest, table
 from whimbrel.data.pack import Batch
 from whimbrel.errors import UserError, nearest
@@ -194,3 +195,33 @@ def run_distill(settings: DistillSettings, inputs: Mapping[str, Path], out: Path
     lineage = [f"{folder.name}, taught by {resolve(inputs['teacher']).name} (labels: {settings.labels:g})"]
     save(student, out / "model", folder if (folder / "tokenizer.json").exists() else None, lineage=lineage)
     return figures
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """Few bits, as `whimbrel quantize` does it."""
+
+    to: str = "int8"
+    """`int8` or `int4`."""
+    group: int = 32
+    """Inputs that share a scale: 32, 64 or 128."""
+    method: str = "rtn"
+    """`rtn`, to the nearest, or `gptq`, calibrated on the text."""
+    text: tuple[str, ...] = ()
+    """Files of plain text for calibration and perplexity; none: a page that comes with the package."""
+
+
+def run_quantize(settings: QuantizeSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
+    """Write the input `model` with few bits as OUT/model; perplexities before and after among the figures."""
+    shutil.rmtree(out / "model", ignore_errors=True)
+    texts = [Path(text) for text in settings.text]
+    made = quantize(
+        str(inputs["model"]),
+        out / "model",
+        to=settings.to,
+        group=settings.group,
+        method=settings.method,
+        texts=texts,
+        report=report,
+    )
+    return {name: value for name, value in asdict(made).items() if isinstance(value, int | float)}

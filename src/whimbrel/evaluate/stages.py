@@ -40,7 +40,7 @@ class EvaluateSettings(Settings):
     """What is asked, and how answers are drawn; the words of sampling are those of `whimbrel.Sampling`."""
 
     tasks: dict[str, TaskSettings] = Field(default={})
-    """Sets of problems by name, from the input `tasks`."""
+    """Sets of problems by name, from the input `tasks`, or from `tasks.NAME` where several inputs have names."""
     needle: NeedleSettings = NeedleSettings()
     text: LossSettings = LossSettings()
     """Where the input `text` is given."""
@@ -74,7 +74,7 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path, repor
     """Answer and score every problem; returns the figures that matter. Goes on from the answers that are kept."""
     check(settings, inputs)
     before = results.read_samples(inputs["against"]) if "against" in inputs else None
-    problems = {name: read(name, task, inputs["tasks"]) for name, task in settings.tasks.items()}
+    problems = {name: read(name, task, place(inputs, name)) for name, task in settings.tasks.items()}
     torch.set_num_threads(settings.threads)
     folder = resolve(inputs["model"])
     model = LanguageModel.load(folder, dtype=settings.dtype, device=torch_device(settings.device)).eval()
@@ -104,10 +104,18 @@ def check(settings: EvaluateSettings, inputs: Mapping[str, Path]) -> None:
     check_device(settings.device)
     if not settings.tasks and not settings.needle.lengths and "text" not in inputs:
         raise UserError("there is nothing to evaluate; set tasks or needle.lengths, or give the input text")
-    if settings.tasks and "tasks" not in inputs:
-        raise UserError("tasks are set, but the input tasks is not given; add --input tasks=FOLDER")
+    for name in settings.tasks:
+        place(inputs, name)
     if settings.samples > 1 and not settings.temperature:
         raise UserError(f"samples is {settings.samples} with temperature 0, all the same; set temperature to 0.6")
+
+
+def place(inputs: Mapping[str, Path], task: str) -> Path:
+    """The folder in which a set of problems lies."""
+    for name in (f"tasks.{task}", "tasks"):
+        if name in inputs:
+            return inputs[name]
+    raise UserError(f"tasks.{task} is set, but no input tasks is given for it; add --input tasks=FOLDER")
 
 
 def ask(

@@ -7,13 +7,15 @@ scaled. Points are (x, y) with x in tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from whimbrel.units import format_count
 
 Point = tuple[float, float]
+Bar = tuple[float, float, float, float]
+"""x, y, and the ends of the interval of y."""
 LEFT, RIGHT, TOP, GAP, STRIP, BOTTOM = 46, 14, 14, 30, 44, 40
 
 
@@ -112,6 +114,31 @@ def training(
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="Loss and learning rate over tokens" {numbers}>{"".join(parts)}</svg>'
+    )
+
+
+def lines(width: int, series: Mapping[str, Sequence[Bar]], x_words: str, y_words: str) -> str:
+    """Curves with intervals in one frame, each of the style class `s0`, `s1`, ... in their order."""
+    height = max(250, round(width * 0.34))
+    points = [point for curve in series.values() for point in curve]
+    low, high = min(point[2] for point in points), max(point[3] for point in points)
+    margin = 0.08 * (high - low or 1)
+    across = (min(point[0] for point in points), max(point[0] for point in points))
+    frame = Frame(LEFT, width - RIGHT, TOP + 14, height - BOTTOM, across, (max(0.0, low - margin), high + margin))
+    parts = [_grid(frame, 5), text(0, TOP, y_words, "axis")]
+    for number, curve in enumerate(series.values()):
+        parts.append(f'<path class="s{number}" d="{frame.path([(x, y) for x, y, _, _ in curve])}"/>')
+        for x, y, least, most in curve:
+            at = frame.px(x)
+            parts.append(rule(at, frame.py(least), at, frame.py(most), f"s{number}"))
+            parts.append(f'<circle class="s{number}" cx="{at:.1f}" cy="{frame.py(y):.1f}" r="2.6"/>')
+    for value in ticks(*across, 6 if width > 500 else 4):
+        parts.append(rule(frame.px(value), frame.bottom, frame.px(value), frame.bottom + 4, "tick"))
+        parts.append(text(frame.px(value), frame.bottom + 17, f"{value:g}", "label", "middle"))
+    parts.append(text(width - RIGHT, height - 4, x_words, "axis", "end"))
+    return (
+        f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape(y_words)} over {escape(x_words)}">{"".join(parts)}</svg>'
     )
 
 

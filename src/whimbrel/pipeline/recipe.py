@@ -22,10 +22,11 @@ from typing import Any
 
 from whimbrel import config
 from whimbrel.errors import UserError, nearest
+from whimbrel.pipeline.claims import Claim
 from whimbrel.pipeline.stages import STAGES, Stage, locate
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TOP = ("name", "about", "seed", "stages")
+_TOP = ("name", "about", "seed", "claims", "stages")
 _NODE = ("stage", "inputs", "config")
 _TAKEN = ("stages", "logs", "old", "generations")
 
@@ -66,6 +67,7 @@ class Recipe:
     about: str
     seed: int | None
     nodes: tuple[Node, ...]
+    claims: tuple[Claim, ...] = ()
 
     def text(self) -> str:
         """The resolved recipe as YAML; reading it back gives the same graph."""
@@ -77,7 +79,8 @@ class Recipe:
             }
             for node in self.nodes
         }
-        head = {"name": self.name, "about": self.about, "seed": self.seed, "stages": stages}
+        claims = [claim.model_dump(exclude_defaults=True) for claim in self.claims]
+        head = {"name": self.name, "about": self.about, "seed": self.seed, "claims": claims, "stages": stages}
         return config.to_yaml(head)
 
 
@@ -108,7 +111,11 @@ def build(top: Mapping[str, Any], where: str, table: Mapping[str, Stage] = STAGE
         raise UserError(f"seed is {seed!r}; set it to a whole number, for instance 0")
     nodes = {key: _node(key, value, seed, tuple(stages), table) for key, value in stages.items()}
     about = " ".join(str(top.get("about") or "").split())
-    return Recipe(name, about, seed, tuple(nodes[key] for key in _order(nodes)))
+    claims = tuple(config.parse(Claim, _mapping(one, "claims"), "claims") for one in top.get("claims") or ())
+    for claim in claims:
+        for stage in claim.stages - set(nodes):
+            raise UserError(f"claims: {claim.say!r} names the stage {stage!r}; {nearest(stage, nodes)}")
+    return Recipe(name, about, seed, tuple(nodes[key] for key in _order(nodes)), claims)
 
 
 def _mapping(value: Any, where: str, known: Sequence[str] | None = None) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from whimbrel import config
 from whimbrel.files import atomic_write
-from whimbrel.pipeline import charts
+from whimbrel.pipeline import charts, life
+from whimbrel.pipeline.claims import held
 from whimbrel.pipeline.console import duration, figure
 from whimbrel.pipeline.recipe import Recipe
 from whimbrel.units import format_bytes, format_count
@@ -68,7 +69,7 @@ REASONS = {
 
 def write(folder: Path, recipe: Recipe, made: Sequence[Manifest]) -> Path:
     """Write the report of finished stages, in the order they ran; returns its path."""
-    kinds = {manifest["stage"]: manifest for manifest in made}
+    kinds = {manifest["stage"]: manifest for manifest in reversed(made)}  # the first of each kind
     page = {
         "name": recipe.name,
         "about": recipe.about,
@@ -77,6 +78,8 @@ def write(folder: Path, recipe: Recipe, made: Sequence[Manifest]) -> Path:
         "training": training(folder, kinds["pretrain"]) if "pretrain" in kinds else None,
         "funnel": funnel(kinds["data"]["metrics"]) if "data" in kinds else None,
         "samples": samples(folder, kinds["sample"]) if "sample" in kinds else None,
+        "claims": held(recipe.claims, {manifest["name"]: manifest for manifest in made}),
+        "life": life.gather(folder, made),
         "stages": table(made),
         "total": sum(manifest["wall_seconds"] for manifest in made),
         "most": max(manifest["peak_memory_bytes"] for manifest in made),

@@ -101,6 +101,13 @@ STAGES: Mapping[str, Stage] = {
         model="model",
         free=LOOP,
     ),
+    "quantize": Stage(
+        settings="whimbrel.compress.stages:QuantizeSettings",
+        run="whimbrel.compress.stages:run_quantize",
+        version=1,
+        inputs=("model",),
+        model="model",
+    ),
     "tasks": Stage(
         settings="whimbrel.data.tasks:TasksSettings",
         run="whimbrel.data.tasks:run",
@@ -162,6 +169,7 @@ STAGES: Mapping[str, Stage] = {
         version=1,
         inputs=("model",),
         optional=("tasks", "text", "against"),
+        several=("tasks",),
         free=("threads", "generations"),
     ),
     "sample": Stage(

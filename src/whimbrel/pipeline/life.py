@@ -1,0 +1,120 @@
+"""The parts of a report that need more stages than one: how a model stood after each, curves, sizes, thoughts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from whimbrel.pipeline import charts
+
+Manifest = Mapping[str, Any]
+SHOWN = 6
+"""Samples of an evaluation that are shown, the first ones of each task."""
+
+
+def gather(folder: Path, made: Sequence[Manifest]) -> dict[str, Any] | None:
+    """Everything the section shows; None for a run without evaluations."""
+    evaluations = [manifest for manifest in made if manifest["stage"] == "evaluate"]
+    if not evaluations:
+        return None
+    results = {one["name"]: _read(folder / one["name"] / "results.json") for one in evaluations}
+    return {
+        "standing": standing(evaluations),
+        "curves": [curve for curve in (_budgets(results), _positions(results), *_merges(folder, made)) if curve],
+        "sizes": [_size(one) for one in made if one.get("probe")],
+        "samples": _samples(folder / evaluations[0]["name"] / "samples.jsonl"),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def standing(evaluations: Sequence[Manifest]) -> dict[str, Any]:
+    """One row an evaluation, one column a task and mode: accuracy with its interval."""
+    columns: list[tuple[str, str]] = []
+    for one in evaluations:
+        for task, found in one["metrics"].items():
+            modes = [mode for mode in ("think", "off") if isinstance(found, dict) and "accuracy" in found.get(mode, {})]
+            columns += [(task, mode) for mode in modes if (task, mode) not in columns]
+    rows = [
+        {"name": one["name"], "cells": [one["metrics"].get(task, {}).get(mode) for task, mode in columns]}
+        for one in evaluations
+    ]
+    return {"columns": columns, "rows": [row for row in rows if any(row["cells"])]}
+
+
+def _drawn(title: str, note: str, x: str, y: str, series: Mapping[str, Sequence[charts.Bar]]) -> dict[str, Any]:
+    wide, narrow = (Markup(charts.lines(width, series, x, y)) for width in (860, 344))
+    return {"title": title, "note": note, "wide": wide, "narrow": narrow, "names": list(series)}
+
+
+def _budgets(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Accuracy against the mean thought, of the first evaluation with several budgets."""
+    for found in results.values():
+        series = {}
+        for task, curve in found.get("tasks", {}).items():
+            points = [(one["thinking_tokens"], *_interval(one["accuracy"])) for one in curve if "accuracy" in one]
+            if len(points) > 3:
+                series[task] = sorted(points)
+        if series:
+            note = "One point a budget, from thinking off to no limit; bars are 95 % intervals."
+            return _drawn("What thinking is worth", note, "mean tokens of thought", "share right", series)
+    return None
+
+
+def _positions(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Loss by position in a text, of every evaluation that read one."""
+    series = {
+        name: [((part["from"] + part["to"]) / 2, *_interval(part)) for part in found["text"]["positions"]]
+        for name, found in results.items()
+        if "text" in found
+    }
+    note = "Held-out text, before and after training on longer texts; bars are 95 % intervals."
+    return _drawn("How far it reads", note, "position in the text", "loss, nats per token", series) if series else None
+
+
+def _merges(folder: Path, made: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """The sweep of every merge."""
+    found = []
+    for one in made:
+        if one["stage"] == "merge":
+            table = json.loads((folder / one["name"] / "sweep.json").read_text(encoding="utf-8"))
+            names = [name for name in table[0] if name not in ("alpha", "mean")]
+            series = {name.replace("_", " "): [(line["alpha"], line[name], line[name], line[name]) for line in table]
+                      for name in names}  # fmt: skip
+            note = "Each point is one model between the two, on validation problems."
+            found.append(_drawn("Between two models", note, "share of the second model", "share right", series))
+    return found
+
+
+def _interval(figure: Mapping[str, float]) -> tuple[float, float, float]:
+    return figure["mean"], figure["low"], figure["high"]
+
+
+def _size(manifest: Manifest) -> dict[str, Any]:
+    weights = sum(size for name, size in manifest["files"].items() if name.startswith(f"{manifest['model']}/model")
+                  and name.endswith(".safetensors"))  # fmt: skip
+    shape = manifest["probe"]["shape"]
+    return {"name": manifest["name"], "parameters": shape["parameters"], "bytes": weights,
+            "pattern": shape["pattern"], "width": shape["hidden_size"]}  # fmt: skip
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    """The first answers with a thought, of each task."""
+    seen: dict[str, list[dict[str, Any]]] = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            if row.get("thinking") and row["budget"] is None and len(seen.setdefault(row["task"], [])) < SHOWN // 2:
+                prompt = row["prompt"]
+                seen[row["task"]].append({
+                    "task": row["task"],
+                    "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                    **{name: row[name] for name in ("thinking", "text", "outcome", "expected")},
+                })  # fmt: skip
+    return [row for rows in seen.values() for row in rows]
