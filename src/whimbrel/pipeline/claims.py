@@ -5,6 +5,7 @@
       - {say: the child is small, of: distill.probe.shape.parameters, over: merge.probe.shape.parameters, most: 0.65}
 
 `of`, `minus` and `over` are paths: a stage, then keys of its metrics, or of its manifest. The last two are optional.
+`run.minutes` and `run.gibibytes` are the time of all stages together and the most memory that one of them took.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from pydantic import Field, model_validator
 
 from whimbrel.config import Settings
 from whimbrel.errors import UserError
+
+WHOLE = "run"
+"""What stands for a whole run in a path; no stage can have this name."""
 
 
 class Claim(Settings):
@@ -39,12 +43,14 @@ class Claim(Settings):
     @property
     def stages(self) -> set[str]:
         """Names of the stages that the paths begin with."""
-        return {path.partition(".")[0] for path in (self.of, self.minus, self.over) if path is not None}
+        return {path.partition(".")[0] for path in (self.of, self.minus, self.over) if path is not None} - {WHOLE}
 
 
 def held(claims: Sequence[Claim], made: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each claim with its `figure` and whether it was `met`; figure None where a stage measured no such thing."""
-    return [_held(claim, made) for claim in claims]
+    seconds, memory = ([one[name] for one in made.values()] for name in ("wall_seconds", "peak_memory_bytes"))
+    whole = {"minutes": sum(seconds) / 60, "gibibytes": max(memory, default=0) / 2**30}
+    return [_held(claim, {**made, WHOLE: {"metrics": whole}}) for claim in claims]
 
 
 def _held(claim: Claim, made: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

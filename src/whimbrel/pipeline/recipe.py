@@ -28,7 +28,7 @@ from whimbrel.pipeline.stages import STAGES, Stage, locate
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TOP = ("name", "about", "seed", "claims", "stages")
 _NODE = ("stage", "inputs", "config")
-_TAKEN = ("stages", "logs", "old", "generations")
+_TAKEN = ("stages", "logs", "old", "generations", "run")
 
 
 @dataclass(frozen=True)
