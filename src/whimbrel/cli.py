@@ -52,6 +52,7 @@ STAGES = {
     "pretrain": "token shards to a model, from random weights or on from another.",
     "tasks": "problems with solutions and a verifier.",
     "sft": "a model and conversations to a model that answers.",
+    "chat-tokens": "conversations to token shards, without training.",
     "pairs": "answers drawn from a model, ranked by their verifier.",
     "dpo": "pairs of answers to a model that prefers the better ones.",
     "reward": "rated answers to a model that rates.",
@@ -60,6 +61,7 @@ STAGES = {
     "compress": "a smaller model cut out of a large one, under a memory or a share of its parameters.",
     "distill": "a student learns from its teacher.",
     "evaluate": "problems answered by a model, scored, with intervals.",
+    "speed": "tokens a second by what is remembered, beside a dense twin.",
     "sample": "texts written by a model.",
 }
 

@@ -11,9 +11,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from whimbrel.config import Settings
 from whimbrel.errors import UserError
@@ -31,8 +31,8 @@ class Claim(Settings):
     over: str | None = None
     least: float | None = None
     most: float | None = None
-    percent: bool = Field(default=False)
-    """Show the figure in percent (a difference in points)."""
+    unit: Literal["", "%", "points"] = ""
+    """Figure and bound are shares, to be shown in percent, or differences of shares, in points."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Claim:
@@ -61,7 +61,7 @@ def _held(claim: Claim, made: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
     met = value is not None and (value >= claim.least if claim.least is not None else value <= (claim.most or 0.0))
     bound = claim.least if claim.least is not None else claim.most
     return {"say": claim.say, "figure": value, "bound": bound, "at_least": claim.least is not None,
-            "met": met, "percent": claim.percent}  # fmt: skip
+            "met": met, "unit": claim.unit}  # fmt: skip
 
 
 def _look(made: Mapping[str, Mapping[str, Any]], path: str) -> float | None:

@@ -122,10 +122,16 @@ STAGES: Mapping[str, Stage] = {
         model="model",
         free=LOOP,
     ),
+    "chat-tokens": Stage(
+        settings="whimbrel.align.sft:ChatTokensSettings",
+        run="whimbrel.align.sft:run_chat_tokens",
+        version=1,
+        inputs=("tokenizer", "conversations"),
+    ),
     "pairs": Stage(
         settings="whimbrel.align.pairs:PairsSettings",
         run="whimbrel.align.pairs:run",
-        version=1,
+        version=2,
         inputs=("model", "prompts"),
         free=("threads",),
     ),
@@ -171,6 +177,13 @@ STAGES: Mapping[str, Stage] = {
         optional=("tasks", "text", "against"),
         several=("tasks",),
         free=("threads", "generations"),
+    ),
+    "speed": Stage(
+        settings="whimbrel.pipeline.speed:SpeedSettings",
+        run="whimbrel.pipeline.speed:run",
+        version=1,
+        inputs=("model",),
+        free=("threads",),
     ),
     "sample": Stage(
         settings="whimbrel.pipeline.sample:SampleSettings",
