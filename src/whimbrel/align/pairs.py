@@ -4,7 +4,7 @@ OUT/pairs.jsonl   {"prompt", "chosen", "rejected", "chosen_reward", "rejected_re
                   answered both rightly and wrongly, for `dpo`
 OUT/rated.jsonl   {"messages", "attributes"}: every finished answer with what can be said of it without a reader, from 0
                   to 4: `correctness` by the verifier, `verbosity` by its share of `max_tokens`; for `reward`
-OUT/conversations.jsonl   {"messages"}: every finished answer that is right, for `sft` (rejection sampling) or `chat-tokens`
+OUT/conversations.jsonl   {"messages"}: every right answer, for `sft` (rejection sampling) or `chat-tokens`
 """
 
 from __future__ import annotations

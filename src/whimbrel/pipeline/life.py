@@ -27,6 +27,7 @@ def gather(folder: Path, made: Sequence[Manifest]) -> dict[str, Any] | None:
     return {
         "standing": standing(evaluations, {one["name"]: one for one in made}),
         "curves": [curve for curve in curves if curve],
+        "lessons": lessons(folder, made),
         "sizes": [_size(one) for one in made if one.get("probe")],
         "samples": _samples(folder / asked[-1] / "samples.jsonl") if asked else [],
         "asked": asked[-1] if asked else None,
@@ -35,6 +36,22 @@ def gather(folder: Path, made: Sequence[Manifest]) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def lessons(folder: Path, made: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """A small curve of every stage that trained, after the first: its loss, or the reward where that is what grows."""
+    found = []
+    for one in made:
+        path = folder / one["name"] / "metrics.jsonl"
+        if not path.exists():
+            continue
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        name = "reward" if one["stage"] == "grpo" else "loss"
+        curve = [(float(record["step"]), record[name]) for record in records if name in record]
+        held = [(float(record["step"]), record["validation_loss"]) for record in records if "validation_loss" in record]
+        words = "mean reward of the answers drawn" if name == "reward" else "loss"
+        found.append({"name": one["name"], "drawn": Markup(charts.small(404, curve, held, words))})
+    return found[1:]
 
 
 def standing(evaluations: Sequence[Manifest], made: Mapping[str, Manifest]) -> dict[str, Any]:
