@@ -17,7 +17,6 @@ OUT/documents.parquet     the conversations as plain text: for `tokenizer`
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import random
 import re
@@ -47,8 +46,6 @@ class TasksSettings(Settings):
     """Fewest and most numbers of a sum; lengths are equally frequent."""
     digits: int = Field(default=1, ge=1, le=6)
     """Digits of a number; none is 0."""
-    thought: Literal["totals", "rest"] = "totals"
-    """What a line of a thought is: the next total (`-9=3`), or what is left of the sum (`3+2`)."""
     conversations: int = Field(default=40_000, ge=0)
     """Solved problems to learn from."""
     prompts: int = Field(default=4096, ge=0)
@@ -78,19 +75,17 @@ class Problem:
         return {"prompt": asked, "answer": self.answer, "verifier": "exact", "terms": self.terms}
 
 
-def chain_sum(draw: random.Random, terms: tuple[int, int], digits: int, thought: str = "totals") -> Problem:
+def chain_sum(draw: random.Random, terms: tuple[int, int], digits: int) -> Problem:
     """A sum of a chain of positive numbers with signs between them, solved from left to right."""
     numbers = [draw.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(draw.randint(*terms))]
-    signed = [numbers[0], *(draw.choice((number, -number)) for number in numbers[1:])]
-    totals = list(itertools.accumulate(signed))
-    added = [f"{number:+d}" for number in signed]
-    question = f"What is {numbers[0]}{''.join(added[1:])}?"
-    if thought == "rest":
-        steps = [f"{total}{''.join(added[done:])}" for done, total in enumerate(totals[1:], start=2)]
-    else:
-        steps = [f"{number}={total}" for number, total in zip(added[1:], totals[1:], strict=True)]
-        steps[0] = f"{numbers[0]}{steps[0]}"
-    return Problem(question, "\n".join(steps), str(totals[-1]), len(numbers))
+    total, text, steps = numbers[0], str(numbers[0]), [str(numbers[0])]
+    for number in numbers[1:]:
+        signed = draw.choice((number, -number))
+        total += signed
+        text += f"{signed:+d}"
+        steps.append(f"{signed:+d}={total}")
+    thought = "\n".join([steps[0] + steps[1], *steps[2:]])
+    return Problem(f"What is {text}?", thought, str(total), len(numbers))
 
 
 def part_of(question: str) -> Part:
@@ -109,7 +104,7 @@ def draw(settings: TasksSettings, part: Part, count: int, salt: str = "") -> Ite
     seen: set[str] = set()
     missed = 0
     while len(seen) < count:
-        problem = chain_sum(numbers, settings.terms, settings.digits, settings.thought)
+        problem = chain_sum(numbers, settings.terms, settings.digits)
         if problem.question in seen or part_of(problem.question) != part:
             missed += 1
             if missed > PATIENCE:
