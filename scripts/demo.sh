@@ -7,10 +7,11 @@ cd "$(dirname "$0")/.."
 whimbrel() { .venv/bin/python -m whimbrel "$@"; }
 say() { printf '\n%s\n' "$*"; }
 begun=$(date +%s)
+life() { whimbrel run recipes/nano-tiny.yaml "$@"; }
 
 if [ "${1:-}" = short ]; then
     # shellcheck disable=SC2046
-    whimbrel run recipes/nano-tiny.yaml --out runs/nano-tiny-short $(grep -v '^#' scripts/short.txt)
+    life --out runs/nano-tiny-short $(grep -v '^#' scripts/short.txt)
     seconds=$(($(date +%s) - begun))
     say "Done in $((seconds / 60)) min $((seconds % 60)) s. Open: $PWD/runs/nano-tiny-short/report.html"
     exit
@@ -18,7 +19,7 @@ fi
 
 say "1 of 2: a life in a quarter of an hour. Real pages -> a small hybrid of Mamba-2 and attention -> longer texts -> thoughts
         -> preferences -> rewards -> merged, cut, taught by its parent, rounded to eight bits; examined after each"
-whimbrel run recipes/nano-tiny.yaml
+life
 
 say "2 of 2: a real pretrained model, SmolLM2-135M, in the same engine"
 failed=0
