@@ -71,7 +71,7 @@ def test_killed_in_the_middle_a_stage_ends_in_the_same_bits(
         "def die(event):\n"
         "    if event.get('event') == 'progress' and event['done'] == 3 and event.get('unit') == 'steps':\n"
         "        os.kill(os.getpid(), 9)\n"
-        f"given = {({name: str(path) for name, path in given.items()})!r}\n"
+        f"given = { ({name: str(path) for name, path in given.items()})!r}\n"
         "given = {name: pathlib.Path(path) for name, path in given.items()}\n"
         f"test_stages.go({stage!r}, given, pathlib.Path({str(tmp_path / 'cut')!r}), die)\n"
     )
