@@ -47,7 +47,8 @@ struct Form {
 const Form forms[] = {
 #ifdef WHIMBREL_X86
     FORM(avx512, [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"); }),
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
     FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
 #endif
     FORM(baseline, [] { return true; }),

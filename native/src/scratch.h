@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
 #include "vector.h"
 
@@ -32,15 +31,24 @@ T* take(char*& memory, int64_t count) {
     return taken;
 }
 
+// What a thread keeps. A type of its own: the destructor of a standard one would be one function for all instruction sets,
+// and the linker free to keep the widest, which not every processor has.
+struct Kept {
+    char* begin = nullptr;
+    size_t size = 0;
+    ~Kept() { delete[] begin; }
+};
+
 // At least `bytes` bytes on a cache line. What a call before this one got is lost.
 inline char* scratch(size_t bytes) {
-    static thread_local std::unique_ptr<char[]> memory;
-    static thread_local size_t size = 0;
-    if (bytes > size || fence) {
-        memory.reset(new char[bytes + 64]);
-        size = bytes;
+    static thread_local Kept kept;
+    if (bytes > kept.size || fence) {
+        delete[] kept.begin;
+        kept.begin = nullptr, kept.size = 0;  // should there be no memory for more
+        kept.begin = new char[bytes + 64];
+        kept.size = bytes;
     }
-    return reinterpret_cast<char*>((reinterpret_cast<size_t>(memory.get()) + 63) / 64 * 64);
+    return reinterpret_cast<char*>((reinterpret_cast<size_t>(kept.begin) + 63) / 64 * 64);
 }
 
 }  // namespace whimbrel::WHIMBREL_ISA

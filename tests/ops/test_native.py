@@ -4,9 +4,6 @@ Float32: 2e-5 of the largest value; for the gradient of `a`, a sum over all toke
 subtracted.
 """
 
-import gc
-import resource
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,17 +179,3 @@ def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(cpu, "load", lambda: (None, "it was not built"))
     assert ops.active()["ssd"] == "torch" and cpu.isa() is None
     assert torch.equal(ops.ssd(*row, segments)[0], vectorised.ssd(*row, segments)[0])
-
-
-def test_nothing_leaks():
-    def work(times):
-        for _ in range(times):
-            leaves = [v.detach().clone().requires_grad_() for v in scan_of_slices(tokens=130)]
-            y = cpu.ssd(*leaves, Segments.of([60, 70]))[0]
-            y = cpu.conv(y.flatten(1), torch.ones(64, 4), None, Segments.of([130]))[0]
-            cpu.gated_norm(y, y, torch.ones(64), 2, 1e-5).sum().backward()
-        gc.collect()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    before = work(100)
-    assert work(400) - before < 8 * 1024  # kilobytes
