@@ -9,6 +9,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from instruction_sets import ISAS, gap, instruction_set
 from test_rows import rounded
 
@@ -51,10 +53,10 @@ def random_model(config, bits=32, seed=0):
     return model
 
 
-def place(sequences, seed=1):
+def place(sequences, seed=1, past=None):
     """pasts, tokens, slots and a table of blocks in any order."""
     g = torch.Generator().manual_seed(seed)
-    past = torch.randint(1, 200, (sequences,), generator=g).tolist()
+    past = torch.randint(1, 200, (sequences,), generator=g).tolist() if past is None else past
     table = torch.randperm(50 * sequences, generator=g).view(sequences, 50)
     return (
         past,
@@ -76,8 +78,8 @@ def step(model, past, tokens, slots, table, kv_dtype=torch.float32):
     return [hidden, *(pool.float() for pool in held if pool.numel())]
 
 
-def agree(model, sequences, tolerance, kv_dtype=torch.float32):
-    where = place(sequences)
+def agree(model, sequences, tolerance, kv_dtype=torch.float32, past=None):
+    where = place(sequences, past=past)
     with ops.using("torch"):
         expected = step(model, *where, kv_dtype)
     for isa in ISAS:
@@ -99,6 +101,31 @@ def test_float32_weights(name, sequences):
 @pytest.mark.parametrize("sequences", [1, 9])
 def test_float16_weights(name, sequences):
     agree(random_model({**NETWORKS, **ODD}[name], 16), sequences, 2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pattern=st.text("M*-", min_size=1, max_size=4),
+    widths=st.tuples(st.integers(1, 70), st.integers(1, 90)),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 10), st.sampled_from([None, 0.5, 1.0])),
+    mamba=st.tuples(*[st.integers(1, top) for top in (3, 3, 20, 40, 5)]),
+    kinds=st.tuples(
+        st.sampled_from(["relu2", "swiglu"]), st.sampled_from(["rmsnorm", "layernorm1p"]), *3 * [st.booleans()]
+    ),
+    past=st.lists(st.integers(1, 199), min_size=1, max_size=9),
+    bits=st.sampled_from([32, 16]),
+)
+def test_any_network_at_any_place(pattern, widths, heads, mamba, kinds, past, bits):
+    kv_heads, shared, width, turned = heads
+    mlp, norm, biased, tied, qk_norm = kinds
+    config = ModelConfig(
+        pattern, 50, *widths, mlp=mlp, norm=norm, tie_embeddings=tied, qk_norm=qk_norm,
+        num_attention_heads=kv_heads * shared, num_key_value_heads=kv_heads, head_dim=4 * width,
+        rope_theta=turned and 1e4, rope_fraction=turned or 1.0, mlp_bias=biased, attention_bias=biased,
+        n_groups=mamba[0], mamba_num_heads=mamba[0] * mamba[1], mamba_head_dim=mamba[2], ssm_state_size=mamba[3],
+        conv_kernel=mamba[4], conv_bias=biased, mamba_bias=biased,
+    )  # fmt: skip
+    agree(random_model(config, bits), len(past), 1e-4, past=past)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
