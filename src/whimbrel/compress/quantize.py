@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.compress.calibrate import perplexity, visit
-from whimbrel.compress.rounding import gptq, inverse_factor
+from whimbrel.compress.rounding import calibrated
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
 from whimbrel.model import checkpoint
@@ -134,7 +134,7 @@ def round_model(
             if gram_II is None:
                 place(model, name, round_to_nearest(weight_OI, bits, group))
             else:
-                place(model, name, pack(*gptq(weight_OI, inverse_factor(gram_II), bits, group), bits))
+                place(model, name, pack(*calibrated(weight_OI, gram_II, bits, group), bits))
         report({"event": "progress", "done": done, "total": len(names), "unit": "matrices"})
     return odd
 
