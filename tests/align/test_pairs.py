@@ -13,9 +13,10 @@ from small_world import vocabulary, write
 from whimbrel import config
 from whimbrel.align import pairs
 from whimbrel.align.pairs import PairsSettings
-from whimbrel.align.rollout import reward
+from whimbrel.align.rollout import read_prompts, reward
 from whimbrel.align.tuning import load, read_rows
 from whimbrel.engine import Engine
+from whimbrel.engine.answer import Answer
 from whimbrel.errors import UserError
 from whimbrel.events import silent
 from whimbrel.verify import check
@@ -136,3 +137,18 @@ def test_rows_without_a_truth_are_refused(taught: dict[str, Path], tmp_path: Pat
     odd = write(tmp_path / "q.jsonl", [json.loads('{"prompt": "a", "answer": "b", "verifier": "exakt"}')])
     with pytest.raises(UserError, match="verifier is 'exakt'; did you mean 'exact'"):
         pairs.run(PairsSettings(device="cpu"), taught | {"prompts": odd}, tmp_path, silent)
+    rule = {"instructions": ["punctuation:no_coma"], "arguments": [{}]}
+    none = write(tmp_path / "r.jsonl", [{"prompt": "a", "answer": rule, "verifier": "instructions"}])
+    with pytest.raises(UserError, match=r"row 1: the verifier instructions cannot judge by .*no_coma"):
+        pairs.run(PairsSettings(device="cpu"), taught | {"prompts": none}, tmp_path, silent)
+
+
+def test_rules_that_ask_for_a_language_can_be_rewards(tmp_path: Path) -> None:
+    """The verifier `instructions` is given the identifier of languages, as in `evaluate`."""
+    rule = {"instructions": ["change_case:english_lowercase"], "arguments": [{}]}
+    row = {"prompt": "a", "answer": rule, "verifier": "instructions"}
+    (row,) = read_prompts(write(tmp_path / "p.jsonl", [row]), "prompts")
+    said = "the tide was out and the mud shone in the sun"
+    for text, gain in ((said, 1.0), (said.title(), 0.0)):
+        answer = Answer(0, 0, text, "", (), (), "stop", None, "off", 3, 0, 0, None, None, 0.0, 0.0, 0.0)
+        assert reward(row, answer) == gain
