@@ -94,7 +94,7 @@ def talk(rounds):
     list(engine.generate(prompts, sampling))
     before, steps = held(), 0
     for _ in range(rounds):
-        steps += sum(len(answer.tokens) for answer in engine.generate(prompts, sampling))
+        steps += sum(len(answer.ids) for answer in engine.generate(prompts, sampling))
     assert_nothing_more(before)
     return steps
 
