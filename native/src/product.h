@@ -14,7 +14,7 @@
 namespace whimbrel::WHIMBREL_ISA {
 
 constexpr int64_t chunk = 32;     // tokens worked on together: the stride of matrices of tokens by tokens
-constexpr int64_t at_once = 24;   // cache lines that a tile asks for
+constexpr int64_t at_once = 64;   // cache lines that a tile asks for
 constexpr int most_high = 6;      // rows of a register tile
 constexpr int most_broad = WHIMBREL_LANES == 16 ? 4 : 2;  // vectors of a register tile
 

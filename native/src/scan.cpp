@@ -19,8 +19,8 @@
 // those of single tokens, and none that could overflow.
 //
 // The gradient of the decays needs no states: with r_t = <dS_t, S_t>, one has <dS_t, decay_t S_{t-1}> = r_t - dt_t (x_t . du_t)
-// and r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that. Rounding errors of this running difference are cut off at the end of each
-// chunk, where r is computed from the two states.
+// and r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that, where dy_i . (S_i C_i) = C_i . dC_i, the head's own part of dC. Rounding errors
+// of this running difference are cut off at the end of each chunk, where r is computed from the two states.
 //
 // The caller cuts a sequence into pieces of some hundred tokens. The forward pass keeps one state a piece; the backward pass
 // takes the pieces from the last to the first and computes the states between the chunks of one piece again.
@@ -153,14 +153,16 @@ struct Forward : Shape {
                 store(mix + i * chunk + j, load(pair.cb + i * chunk + j) * load(decays.between + i * chunk + j) * load(decays.dt + j));
             mix[i * chunk + i] += s.d[h];
         }
+        const bool whole = s.width % lanes == 0;  // rows of whole vectors need no scratch
+        float* const rows = s.y + at(from, h) * s.width;
         multiply({.a = pair.c_turned, .b = state, .a_row = 1, .a_step = chunk, .b_step = w_row, .depth = empty ? 0 : s.size,
                   .scale = decays.from_start, .c = mix, .d = x, .c_row = chunk, .c_step = 1, .d_step = w_row, .tokens = count,
-                  .order = Product::past, .out = y, .out_row = w_row, .ahead = &ahead},
+                  .order = Product::past, .out = whole ? rows : y, .out_row = whole ? s.heads * s.width : w_row, .ahead = &ahead},
                  count, wide);
         multiply({.a = pair.b_turned, .b = scaled, .a_row = chunk, .a_step = 1, .b_step = w_row, .depth = count,
                   .base = empty ? nullptr : state, .fade = decays.fade, .out = state, .out_row = w_row, .ahead = &ahead},
                  s.size, wide);
-        for (int64_t i = 0; i < count; i++) std::copy_n(y + i * w_row, s.width, s.y + at(from + i, h) * s.width);
+        for (int64_t i = 0; i < count && !whole; i++) std::copy_n(y + i * w_row, s.width, rows + i * s.heads * s.width);
     }
 
     // Asks for the rows of heads of one group.
@@ -407,19 +409,17 @@ struct Backward : Shape {
 
 // A thread takes all heads, or a part of them: neighbouring heads lie on one page of memory, and to look a page up is dear.
 void scan_forward(const Scan& s, int threads) {
-    const int64_t shared = s.heads / s.groups;
-    const int64_t parts = s.sequences * s.groups >= threads ? std::min<int64_t>(threads, s.groups) : std::min<int64_t>(threads, s.heads);
-    const int64_t of = s.sequences * s.groups >= threads ? s.groups : s.heads, each = s.heads / of;
+    const int64_t of = s.sequences * s.groups >= threads ? s.groups : s.heads;  // a group is cut only if there is too little else
+    const int64_t parts = std::min<int64_t>(threads, of), each = s.heads / of;
 #pragma omp parallel num_threads(threads)
     {
         Forward work(s, (of + parts - 1) / parts * each);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < s.sequences * parts; task++) {
-            const int64_t part = task % parts, from = of * part / parts * each, to = of * (part + 1) / parts * each;
-            work.run(task / parts, from, to - from);
+            const int64_t part = task % parts, from = of * part / parts * each;
+            work.run(task / parts, from, of * (part + 1) / parts * each - from);
         }
     }
-    (void)shared;
 }
 
 // dB and dC are sums over the heads of a group, so a group is the work of one thread.
