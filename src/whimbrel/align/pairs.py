@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whimbrel.align.rollout import PROMPT_KEYS, reward
-from whimbrel.align.tuning import check_counts, load, read_rows
+from whimbrel.align.rollout import read_prompts, reward
+from whimbrel.align.tuning import check_counts, load
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.answer import Answer
 from whimbrel.errors import UserError
@@ -62,7 +62,7 @@ def message(answer: Answer) -> dict[str, str]:
 
 def run(settings: PairsSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Answer the input `prompts` with the input `model`; returns counts and the mean reward."""
-    rows = read_rows(inputs["prompts"], "prompts", PROMPT_KEYS)[: settings.prompts]
+    rows = read_prompts(inputs["prompts"], "prompts")[: settings.prompts]
     model, tokenizer = load(inputs["model"], torch_device(settings.device))
     engine = Engine(model, tokenizer, max_sequences=settings.sequences, prefill_tokens=8192, report=report)
     requests = [settings.sampling(index) for index in range(len(rows))]
