@@ -29,7 +29,7 @@ from whimbrel.text import Tokenizer
 from whimbrel.units import format_bytes
 
 BITS = {"int8": 8, "int4": 4}
-METHODS = {"rtn": "each weight to the nearest", "gptq": "calibrated on real text (GPTQ, arXiv 2210.17323)"}
+METHODS = {"rtn": "each weight to the nearest", "gptq": "calibrated on real text (GPTQ, arXiv 2210.17323, and descent)"}
 PAGE = Path(__file__).with_name("corcovado.txt")
 """A page of Darwin's Journal of Researches (1845, in the public domain), read where no text is given."""
 WINDOW, CALIBRATE, MEASURE = 1024, 32_768, 8_192
