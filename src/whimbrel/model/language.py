@@ -83,6 +83,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.weights_version = 0
+        self.share: Any = None
+        """How it is spread over processes, if it is (`parallel/apply.py`)."""
         self.embeddings: nn.Embedding | PackedEmbedding = nn.Embedding(
             config.vocab_size, config.hidden_size, device=device, dtype=dtype
         )
@@ -179,7 +181,7 @@ class LanguageModel(nn.Module):
         """Write a Hugging Face folder of the model's family, whole or not at all."""
         from whimbrel.model import checkpoint
 
-        checkpoint.save(self, folder, tokenizer_folder)
+        (checkpoint.save if self.share is None else self.share.save)(self, folder, tokenizer_folder)
 
 
 def _initialise_mamba(leaf: str, parameter: Tensor, config: ModelConfig, generator: torch.Generator) -> None:

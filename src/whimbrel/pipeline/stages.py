@@ -37,6 +37,8 @@ class Stage:
 LOOP = (
     "train.threads",
     "train.recompute",
+    "train.parallel",
+    "train.asynchronous",
     "train.validate_every",
     "train.validate_batches",
     "train.checkpoint_every",
