@@ -6,7 +6,7 @@ holds of one segment is always a rectangle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,25 +65,30 @@ def parts(tensor: Tensor, cut: Cut | None, share: Share) -> list[Part]:
     return found
 
 
-class Scattered:
-    """A tensor whose parts lie on several ranks, in the words of torch.distributed.checkpoint."""
+class Scattered(Tensor):
+    """A tensor whose parts lie on several ranks, in the words of torch.distributed.checkpoint: it has the shape of the
+    whole, and no operation works on it.
+    """
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    part: Part
 
-    def size(self) -> torch.Size:
-        """Of the whole."""
-        return torch.Size(self.part.whole)
+    @staticmethod
+    def __new__(cls, part: Part) -> Scattered:
+        """Around a part, whose memory it shares."""
+        tensor = part.tensor.detach()
+        made = Tensor._make_wrapper_subclass(cls, part.whole, dtype=tensor.dtype, device=tensor.device)
+        made.part = replace(part, tensor=tensor)
+        return made
 
-    @property
-    def nbytes(self) -> int:
-        """Of the whole."""
-        return self.size().numel() * self.part.tensor.dtype.itemsize
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own hint lacks the class
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(f"{func} of a scattered tensor")
 
-    def clone(self) -> Scattered:
-        """The same with a copy of the numbers on the CPU."""
-        tensor = self.part.tensor.detach().to("cpu", copy=True)
-        return Scattered(Part(self.part.segment, self.part.whole, self.part.inside, self.part.offset, tensor))
+    def copied(self) -> Scattered:
+        """The same around a copy of the numbers in the CPU's memory."""
+        return Scattered(replace(self.part, tensor=self.part.tensor.to("cpu", copy=True)))
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         sizes = self.part.tensor.shape

@@ -62,7 +62,7 @@ class TrainState:
     schema: int = SCHEMA
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of the training state by name, as views: loading into them restores model and optimizer.
 
     A parameter that tensor parallel would cut into several segments is kept as those, NAME/SEGMENT, on any number of
@@ -72,7 +72,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     share: Share = getattr(model, "share", None) or ALONE
     config = getattr(model, "config", None)
     table = cuts(config) if config is not None else {}
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
 
     def note(kind: str, name: str, key: str, tensor: Tensor) -> None:
         for part in parts(tensor, table.get(name), share):
@@ -132,7 +132,7 @@ class Saver:
         tensors = _everything(model, optimizer)
         if self.pool is None:
             return _write(self.folder, state, tensors, self.keep, self.share, None)
-        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        copies = {name: _copied(tensor) for name, tensor in tensors.items()}
         self.pending = self.pool.submit(_write, self.folder, state, copies, self.keep, self.share, self.group)
         return path_of(self.folder, state.step)
 
@@ -151,11 +151,15 @@ class Saver:
                 self.pool.shutdown()
 
 
-def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.copied() if isinstance(tensor, Scattered) else tensor.detach().to("cpu", copy=True)
+
+
+def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return training_tensors(model, optimizer) | {"rng.cpu": torch.get_rng_state()}
 
 
-def _write(folder: Path, state: TrainState, tensors: dict[str, Any], keep: int, share: Share, group: Any) -> Path:
+def _write(folder: Path, state: TrainState, tensors: dict[str, Tensor], keep: int, share: Share, group: Any) -> Path:
     path = path_of(folder, state.step)
     with disk_errors(f"the checkpoint {path}"), _together(path, share, group) as beside:
         writer = dcp.HuggingFaceStorageWriter(str(beside), _split(tensors), save_distributed=True)
@@ -257,7 +261,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _split(tensors: dict[str, Any]) -> dict[str, int]:
+def _split(tensors: dict[str, Tensor]) -> dict[str, int]:
     """File number (from 1) of each tensor, so that no file grows far beyond FILE_BYTES."""
     before, places = 0, {}
     for name, tensor in tensors.items():
