@@ -264,6 +264,9 @@ def save(
     refused if it holds anything else. write: what puts the tensors into files.
     """
     folder = Path(folder)
+    if model.share is not None:  # spread over processes, which write together
+        model.share.save(model, folder, tokenizer_folder, lineage=lineage, licence=licence, facts=facts)
+        return
     check_target(folder)
     config = model.config
     said, table = families.config_to_hf(config), fewbits.on_disk(model, families.names(config))

@@ -181,7 +181,7 @@ class LanguageModel(nn.Module):
         """Write a Hugging Face folder of the model's family, whole or not at all."""
         from whimbrel.model import checkpoint
 
-        (checkpoint.save if self.share is None else self.share.save)(self, folder, tokenizer_folder)
+        checkpoint.save(self, folder, tokenizer_folder)
 
 
 def _initialise_mamba(leaf: str, parameter: Tensor, config: ModelConfig, generator: torch.Generator) -> None:

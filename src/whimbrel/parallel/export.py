@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,14 @@ from whimbrel.parallel.pieces import parts
 from whimbrel.parallel.tensor import cuts
 
 
-def save(model: LanguageModel, share: Share, folder: str | Path, tokenizer_folder: str | Path | None = None) -> None:
-    """`checkpoint.save` of a model that is spread over ranks; all of them call it."""
+def save(
+    model: LanguageModel, share: Share, folder: Path, tokenizer_folder: str | Path | None = None, **words: Any
+) -> None:
+    """`checkpoint.save` of a model that is spread over ranks, with its other `words`; all of them call it."""
     if share.first:
         whole = LanguageModel(model.config, device="meta", dtype=model.dtype)
         write = partial(_write_first, model, share)
-        checkpoint.save(whole, folder, tokenizer_folder, write=write)
+        checkpoint.save(whole, folder, tokenizer_folder, write=write, **words)
     else:
         _fill(model, share, share.tell({}))
     share.barrier()

@@ -126,11 +126,11 @@ class Share:
         join()
         return cls(axes, device, init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
 
-    def save(self, model: Any, folder: str | Path, tokenizer_folder: str | Path | None = None) -> None:
-        """`model.save` from all ranks together; see `parallel/export.py`."""
+    def save(self, model: Any, folder: Path, tokenizer_folder: str | Path | None, **words: Any) -> None:
+        """`checkpoint.save` from all ranks together; see `parallel/export.py`."""
         from whimbrel.parallel.export import save
 
-        save(model, self, folder, tokenizer_folder)
+        save(model, self, folder, tokenizer_folder, **words)
 
     @property
     def first(self) -> bool:
