@@ -9,7 +9,7 @@
 #include <cstring>
 #include <new>
 
-#include "vector.h"
+#include "scratch.h"
 
 namespace whimbrel::WHIMBREL_ISA {
 
@@ -22,21 +22,21 @@ inline int64_t pitch(int64_t width) { return (width + 15) / 16 * 16 | 16; }
 
 // One piece of memory, zeros at first, that a thread's scratch matrices are cut from; each begins on a cache line.
 struct Arena {
-    float* begin;
-    int64_t used = 0, size;
+    static constexpr int64_t most_arrays = 32;
+    const int64_t size;  // bytes
+    char *const begin, *next;
 
-    explicit Arena(int64_t floats) : size((floats + 15) / 16 * 16) {
-        begin = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+    explicit Arena(int64_t floats)
+        : size((floats * 4 + most_arrays * fence + 63) / 64 * 64), begin(static_cast<char*>(std::aligned_alloc(64, size))), next(begin) {
         if (!begin) throw std::bad_alloc();
-        std::fill_n(begin, size, 0.0f);
+        std::fill_n(begin, size, char{0});
     }
     Arena(const Arena&) = delete;
     ~Arena() { std::free(begin); }
 
     float* take(int64_t floats) {
-        float* const at = begin + used;
-        used += (floats + 15) / 16 * 16;
-        assert(used <= size);
+        float* const at = whimbrel::WHIMBREL_ISA::take<float>(next, floats);
+        assert(next <= begin + size);
         return at;
     }
 };

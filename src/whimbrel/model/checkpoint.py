@@ -54,9 +54,12 @@ class Source(Protocol):
 def resolve(source: str | Path) -> Path:
     """The folder or `.gguf` file that a user means: a path, a fetched model's name, or a hub id (downloaded).
 
-    The folder of a stage that made a model stands for the `model` in it.
+    The folder of a stage that made a model stands for the `model` in it, and a file `….name` for the model that its
+    one line names, as a user would: so a recipe can give a fetched model where a path is asked for.
     """
     path = Path(source).expanduser()
+    if path.suffix == ".name" and path.is_file():
+        return resolve(path.read_text(encoding="utf-8").strip())
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
         return path / "model"
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

@@ -105,6 +105,12 @@ class Layout:
         """Does every sequence bring one token and continue a state?"""
         return 0 < self.decodes == len(self.past)
 
+    def rest(self) -> Layout:
+        """The sequences that do not decode, as a layout of their own, with every row."""
+        count = self.decodes
+        slots, table = (None if v is None else v[count:] for v in (self.slots, self.block_table))
+        return Layout(self.segments.rest(count), self.past[count:], self.positions_T[count:], 0, slots, table)
+
     def key_counts(self) -> Tensor:
         """[T] int64: keys that each token sees, itself included."""
         if "key_counts" not in self._derived:
