@@ -13,12 +13,13 @@ import torch
 from small import CLASSIC, HYBRID, Rows, model
 
 from whimbrel.model.config import ModelConfig
-from whimbrel.parallel import Axes, Share, applied
+from whimbrel.parallel import Axes, Share, applied, local
 from whimbrel.parallel import gradients as sums
 from whimbrel.parallel.pieces import parts
 from whimbrel.parallel.tensor import cuts
 from whimbrel.train.objective import CrossEntropy
 from whimbrel.train.optimizer import OptimizerSettings, adamw
+from whimbrel.train.plan import held_bytes
 from whimbrel.train.step import accumulate, train_step
 
 MICRO = 8
@@ -29,9 +30,6 @@ CASES = {
         {"data": 2, "context": 2},
         {"context": 2, "tensor": 2},
         {"context": 4},
-        {"tensor": 4},
-        {"data": 2, "fsdp": 2},
-        {"fsdp": 2, "context": 2},
     ],
 }
 
@@ -73,9 +71,11 @@ def case(config: ModelConfig, axes: Axes, recompute: bool) -> dict[str, Any]:
         for _ in range(2):
             train_step(spread, CrossEntropy(), own, adam, clip=norm / 3)
         after = worst(dict(spread.state_dict()), dict(alone.state_dict()), config, share)
-        everywhere = share.collect(found | {"weights": after, "same": sorted(here) == sorted(wanted)})
+        held = sum(local(p).nbytes for p in spread.parameters())
+        everywhere = share.collect(found | {"weights": after, "same": sorted(here) == sorted(wanted), "held": held})
     return {key: max(one[key] for one in everywhere) for key in found} | {
         "weights": max(one["weights"] for one in everywhere),
+        "held": [max(one["held"] for one in everywhere), held_bytes(config, axes)[0]],
         "same": all(one["same"] for one in everywhere),
     }
 

@@ -12,7 +12,10 @@ from small import launch
 NAMES = {ranks: [f"{net} {axes}" for axes in cases for net in ("hybrid", "classic")] for ranks, cases in CASES.items()}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("equal") / f"{request.param}.json"
     launch("equal.py", request.param, out)
@@ -34,3 +37,8 @@ def test_two_clipped_steps_end_in_the_same_weights(results: dict[str, Any]) -> N
     """1e-5, a hundredth of a step of 1e-3: AdamW's first steps divide by the gradient, however small it is."""
     for name, seen in results.items():
         assert seen["weights"][0] < 1e-5, (name, seen["weights"])
+
+
+def test_a_rank_holds_what_was_planned(results: dict[str, Any]) -> None:
+    for name, seen in results.items():
+        assert seen["held"][0] == seen["held"][1], name
