@@ -38,11 +38,11 @@ def planned(name: str, length: int = 4096, rows: int = 1, memory: int = 80 * GIB
 def test_published_steps_follow_from_published_mfu(
     name: str, batch: int, copies: int, mfu: float, seconds: float
 ) -> None:
-    """arXiv 2402.16819, table 2, and 2406.11704, table 2; within 3 %: they print two digits, and count attention over
+    """arXiv 2402.16819, table 2, and 2406.11704, table 2; within 1 %: they print two digits, and count attention over
     the whole row. 12 stages of a pipeline stand here as 12 times the copies, which is the same arithmetic.
     """
     made = planned(name, accumulate=batch, mfu=mfu, causal=False, parallel=Axes(data=copies, tensor=8))
-    assert made.step_seconds == pytest.approx(seconds, rel=0.03)
+    assert made.step_seconds == pytest.approx(seconds, rel=0.01)
     assert made.tokens_per_second == pytest.approx(batch * 4096 / made.step_seconds)
 
 
