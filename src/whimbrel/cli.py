@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -180,14 +180,23 @@ def plan(
     ] = None,
     peak: Annotated[str | None, typer.Option(metavar="RATE", help="For instance 125TFLOP/s; for prompts.")] = None,
     reserve: Annotated[str | None, typer.Option(metavar="SIZE", help="Kept free for everything else.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Plan training on rows of CONTEXT tokens instead.")] = False,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a model fits, with which batch and context, and how fast it could be at best."""
+    """Say whether a model fits, with which batch and context, and how fast it could be at best.
+
+    Settings, with --train: tokens, accumulate, recompute, mfu, causal, parallel.{data,fsdp,context,tensor}.
+    """
     from whimbrel.pipeline import planning
 
-    made = planning.run(
-        model, memory, context, batch=batch, dtype=dtype, bandwidth=bandwidth, peak=peak, reserve=reserve
-    )
+    words: Any = {"batch": batch, "dtype": dtype, "peak": peak, "reserve": reserve}
+    if train:
+        made: Any = planning.train(model, memory, context, overrides or (), **words)
+    elif overrides:
+        raise UserError(f"{overrides[0]} is a setting of training; add --train")
+    else:
+        made = planning.run(model, memory, context, bandwidth=bandwidth, **words)
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(made.lines()))
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from whimbrel.ops import cpu, reference
+from whimbrel.ops import cpu, reference, split
 from whimbrel.ops import torch as vectorised
 from whimbrel.ops.segments import Segments
 
@@ -50,6 +50,8 @@ def using(form: str) -> Iterator[None]:
 
 def _operation(name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1 and isinstance(args[1], split.SplitVocabulary):
+            return getattr(split, name)(*args, **kwargs)
         for form in _preferred:
             found = getattr(_FORMS[form], name, None)
             if found is not None:

@@ -22,6 +22,7 @@ class Stage:
     `optional` may be; those in `several` may be a group, `{one: STAGE, other: STAGE}`, which reaches `run` as
     `name.one` and `name.other`. `model` is where in the output a checkpoint lies, if there is one. `free` names
     settings (dotted) that say how the work is done and not what comes out: changing one leaves the key as it is.
+    `spread`: it can run in several processes, which `train.parallel` of its settings asks for.
     """
 
     settings: str
@@ -32,11 +33,14 @@ class Stage:
     several: tuple[str, ...] = ()
     model: str | None = None
     free: tuple[str, ...] = ()
+    spread: bool = False
 
 
 LOOP = (
     "train.threads",
     "train.recompute",
+    "train.parallel",
+    "train.asynchronous",
     "train.validate_every",
     "train.validate_batches",
     "train.checkpoint_every",
@@ -82,6 +86,7 @@ STAGES: Mapping[str, Stage] = {
         several=("tokens",),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "compress": Stage(
         settings="whimbrel.compress.stages:CompressSettings",
@@ -100,6 +105,7 @@ STAGES: Mapping[str, Stage] = {
         several=("tokens",),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "quantize": Stage(
         settings="whimbrel.compress.stages:QuantizeSettings",
