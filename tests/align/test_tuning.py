@@ -62,8 +62,9 @@ def test_the_files_that_come_along_are_the_first_rows_with_their_licence() -> No
         assert (HERE / name).with_name("LICENSE").stat().st_size > 1000
         if (BENCHMARKS / name).exists():
             assert lines(HERE / name) == lines(BENCHMARKS / name)[:count]
-    parts = [lines(HERE / f"gsm8k/{name}.jsonl") for name in ("train", "test")]
-    asked = [{json.loads(line)["question"] for line in part} for part in parts]
+    asked = [
+        {json.loads(line)["question"] for line in lines(HERE / f"gsm8k/{name}.jsonl")} for name in ("train", "test")
+    ]
     assert not asked[0] & asked[1]
 
 

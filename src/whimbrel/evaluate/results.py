@@ -122,7 +122,8 @@ def thinking(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         return {}
     climb = [*limited, full]
     points = sorted((one["thinking_tokens"], one["accuracy"]["mean"]) for one in climb)
-    half = float(np.interp(full["thinking_tokens"] / 2, *zip(*points, strict=True)))
+    thought, rate = (np.array(values, np.float64) for values in zip(*points, strict=True))
+    half = float(np.interp(full["thinking_tokens"] / 2, thought, rate))
     between = min(half - off["accuracy"]["mean"], full["accuracy"]["mean"] - half)
     least = min(one["well_formed"]["mean"] for one in found)
     falls = statistics.falls([one["accuracy"] for one in climb])
