@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from small import CLASSIC, HYBRID, Rows, model
 
+from whimbrel.compress.distill import Distillation
 from whimbrel.model.config import ModelConfig
 from whimbrel.parallel import Axes, Share, applied, local
 from whimbrel.parallel import gradients as sums
@@ -46,6 +47,24 @@ def worst(mine: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], config:
                 off = ((part.tensor - wanted).abs() - 1e-6 * wanted.abs()).max().item()
                 found = max(found, (off, name))
     return found
+
+
+def taught(config: ModelConfig, axes: Axes) -> dict[str, Any]:
+    """Distillation by a whole teacher on every rank, and logits of all the vocabulary."""
+    alone, spread, teacher = model(config), model(config), model(config, seed=3)
+    batches = [Rows(2).batch(i) for i in range(2)]
+    objective = Distillation(teacher, labels=0.25)
+    loss, terms = accumulate(alone, objective, batches, learn=True)
+    assert terms["kl"] > 0.01
+    wanted = {name: p.grad.clone() for name, p in alone.named_parameters() if p.grad is not None}
+    tokens_BL = torch.arange(24).view(2, 12)
+    with applied(spread, axes) as share:
+        seen, _ = accumulate(spread, objective, batches, learn=True)
+        sums.finish(spread, share)
+        off = worst({n: p.grad for n, p in spread.named_parameters() if p.grad is not None}, wanted, config, share)
+        logits = (spread(tokens_BL) - alone(tokens_BL)).abs().max().item()
+        everywhere = share.collect({"loss": abs(seen - loss), "gradient": off, "logits": logits})
+    return {key: max(one[key] for one in everywhere) for key in everywhere[0]}
 
 
 def case(config: ModelConfig, axes: Axes, recompute: bool) -> dict[str, Any]:
@@ -87,6 +106,10 @@ def main(out: Path) -> None:
     for number, axes in enumerate(CASES[int(os.environ["WORLD_SIZE"])]):
         for name, config in (("hybrid", HYBRID), ("classic", CLASSIC)):
             results[f"{name} {axes}"] = case(config, Axes(**axes), recompute=number % 2 == 1)
+    if os.environ["WORLD_SIZE"] == "2":
+        for axes in ({"tensor": 2}, {"context": 2}):
+            for name, config in (("hybrid", HYBRID), ("classic", CLASSIC)):
+                results[f"taught {name} {axes}"] = taught(config, Axes(**axes))
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(results, indent=1))
 

@@ -20,7 +20,10 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("equal") / f"{request.param}.json"
     launch("equal.py", request.param, out)
     found = json.loads(out.read_text())
-    assert sorted(found) == sorted(NAMES[request.param])
+    taught = {name: found.pop(name) for name in sorted(found) if name.startswith("taught")}
+    assert sorted(found) == sorted(NAMES[request.param]) and len(taught) == (4 if request.param == 2 else 0)
+    for name, seen in taught.items():  # a teacher that is whole everywhere, and all logits
+        assert seen["loss"] < 1e-6 and seen["gradient"][0] < 1e-6 and seen["logits"] < 2e-6, (name, seen)
     return found
 
 

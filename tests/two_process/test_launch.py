@@ -13,15 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flock import TABLE
 from rich.console import Console
+from small import HYBRID
 
+from whimbrel.data import shards
 from whimbrel.errors import UserError
 from whimbrel.model.language import LanguageModel
 from whimbrel.pipeline import recipe
 from whimbrel.pipeline.console import Display
 from whimbrel.pipeline.run import StageError, run
+from whimbrel.text import Tokenizer
 
 TRAIN = {
     "steps": 6,
@@ -147,3 +151,33 @@ def test_ctrl_c_stops_all_at_a_safe_point(tmp_path: Path) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert shown.returncode == 0 and "going on from" in shown.stdout, shown.stdout + shown.stderr
     assert len(losses(tmp_path / "run")) == 80
+
+
+@pytest.mark.slow
+def test_the_stage_pretrain_itself(tmp_path: Path) -> None:
+    """From token shards and a tokenizer to a folder, by two processes that share the weights."""
+    draw, words = (
+        np.random.default_rng(0),
+        ["the", "whimbrel", "crosses", "an", "ocean", "without", "landing", "and", "returns"],
+    )
+    texts = [" ".join(draw.choice(words, 30)) for _ in range(60)]
+    tokenizer = Tokenizer.train(texts, 330)
+    tokenizer.save(tmp_path / "tokenizer")
+    for name, part in (("train", texts[:50]), ("heldout", texts[50:])):
+        documents = [shards.Tokens([*ids, tokenizer.eos_ids[0]], None, {}) for ids in tokenizer.encode_batch(part)]
+        shards.write(tmp_path / "tokens" / name, documents, tokenizer.vocab_size)
+    shape = {field: getattr(HYBRID, field) for field in ("pattern", "hidden_size", "intermediate_size", "head_dim")}
+    shape |= {f: getattr(HYBRID, f) for f in ("num_attention_heads", "num_key_value_heads", "mamba_num_heads")}
+    shape |= {f: getattr(HYBRID, f) for f in ("mamba_head_dim", "ssm_state_size", "n_groups")}
+    train = TRAIN | {"parallel": {"fsdp": 2}, "asynchronous": True, "validate_batches": 3}
+    node = {
+        "stage": "pretrain",
+        "inputs": {"tokens": str(tmp_path / "tokens"), "tokenizer": str(tmp_path / "tokenizer")},
+        "config": {"model": shape, "length": 32, "batch_rows": 2, "device": "cpu", "train": train},
+    }
+    run(recipe.build({"stages": {"flock": node}}, "x"), tmp_path / "run", Display(Console(file=io.StringIO())))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "flock" / "metrics.jsonl").read_text().splitlines()]
+    seen = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert len(seen) == 2 and seen[1] < seen[0]
+    model = LanguageModel.load(tmp_path / "run" / "flock")
+    assert Tokenizer.load(tmp_path / "run" / "flock" / "model").vocab_size == model.config.vocab_size

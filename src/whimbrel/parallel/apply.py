@@ -4,10 +4,10 @@ parallel, activation checkpointing, compilation, FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from whimbrel.model.language import LanguageModel
@@ -15,14 +15,19 @@ from whimbrel.parallel import tensor
 from whimbrel.parallel.mesh import Axes, Share
 from whimbrel.parallel.recompute import recomputed
 
+Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
 
 @contextmanager
-def applied(model: LanguageModel, axes: Axes, *, recompute: bool = False, compiled: bool = False) -> Iterator[Share]:
+def applied(
+    model: LanguageModel, axes: Axes, *, recompute: bool = False, compile: Compile | None = None
+) -> Iterator[Share]:
     """Spread a model over the processes that were started, in place; yields this one's share of the work.
 
     Every process has built the same whole model. Context parallel changes nothing in the model: `share` cuts the
-    batches, and layouts carry the exchange. Behind the block the layers are no longer recomputed; the model stays
-    spread (`model.share`), and `model.save` writes it from all ranks. Raises UserError for axes that do not fit.
+    batches, and layouts carry the exchange. `compile` makes a layer's forward faster, as `torch.compile` does. Behind
+    the block the layers are as they were, neither recomputed nor compiled; the model stays spread (`model.share`), and
+    `model.save` writes it from all ranks. Raises UserError for axes that do not fit.
     """
     axes.check_model(model.config)
     share = Share.meet(axes, model.device)
@@ -30,13 +35,25 @@ def applied(model: LanguageModel, axes: Axes, *, recompute: bool = False, compil
         model.share = share
     if axes.tensor > 1:
         tensor.cut(model, share)
-    with recomputed(model, recompute):
-        if compiled:
-            for layer in model.layers:
-                layer.forward = torch.compile(layer.forward)
+    with recomputed(model, recompute), _compiled(model, compile):
         if axes.fsdp > 1:
             _shard(model, share)
         yield share
+
+
+@contextmanager
+def _compiled(model: LanguageModel, compile: Compile | None) -> Iterator[None]:
+    before = [dict(layer.__dict__) for layer in model.layers]
+    if compile is not None:
+        for layer in model.layers:
+            layer.forward = compile(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, had in zip(model.layers, before, strict=True):
+            layer.__dict__.pop("forward", None)
+            if "forward" in had:
+                layer.forward = had["forward"]
 
 
 def _shard(model: LanguageModel, share: Share) -> None:

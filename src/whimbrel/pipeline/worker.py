@@ -119,6 +119,8 @@ def main(path: str) -> int:
     if isinstance(job["events"], str):
         wire.send({"event": "process", "pid": os.getpid()})
     try:
+        if isinstance(job["events"], str):
+            locate("whimbrel.parallel.mesh:join")()  # before anything is put on a device: it says which one
         done = work(job, wire, rank == 0)
         if rank == 0:
             wire.send(done)
