@@ -1,0 +1,153 @@
+"""Triton kernels against the definitions in float64: in the interpreter on a CPU, as machine code on a GPU.
+
+float32: 2e-5 of the largest value, 1e-4 for sums over many tokens of the scan. bfloat16: 2e-2 (its rounding is 4e-3, and
+operands of products are rounded too).
+"""
+
+import pytest
+import torch
+from kernels import DEVICE, apart, compare, gap, normal
+
+from whimbrel import ops
+from whimbrel.ops import Segments, reference, vectorised
+
+kernels = ops.gpu()[0]
+assert kernels is not None, ops.gpu()[1]
+from whimbrel.ops.triton import launch  # noqa: E402
+
+F32, BF16 = (torch.float32, 2e-5), (torch.bfloat16, 2e-2)
+SCAN = {"piece": 32, "chunk": 16, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.mark.parametrize("dtype, most", [F32, BF16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 70), (3, 4, 16), (33, 128)])
+def test_rms_norm(shape, dtype, most):
+    leaves = [normal(*shape), 1 + normal(shape[-1], seed=1)]
+    compare(lambda x, w: [kernels.rms_norm(x, w, 1e-5)], lambda x, w: [reference.rms_norm(x, w, 1e-5)], leaves, dtype, most)
+
+
+@pytest.mark.parametrize("dtype, most", [F32, BF16])
+@pytest.mark.parametrize("rows, groups, width", [(1, 1, 1), (9, 3, 5), (20, 2, 40)])
+def test_gated_norm(rows, groups, width, dtype, most):
+    leaves = [normal(rows, groups * width), normal(rows, groups * width, seed=1), 1 + normal(groups * width, seed=2)]
+
+    def form(module):
+        return lambda y, gate, w: [module.gated_norm(y, gate, w, groups, 1e-5)]
+
+    compare(form(kernels), form(reference), leaves, dtype, most)
+
+
+@pytest.mark.parametrize("dtype, most", [F32, BF16])
+def test_activations(dtype, most):
+    leaves = [normal(7, 33), normal(7, 33, seed=1)]
+    compare(lambda x: [kernels.relu2(x)], lambda x: [reference.relu2(x)], leaves[:1], dtype, most)
+    compare(lambda g, u: [kernels.swiglu(g, u)], lambda g, u: [reference.swiglu(g, u)], leaves, dtype, most)
+
+
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.1, 1.5)])
+def test_step_size(limit):
+    leaves = [4 * normal(11, 6), normal(6, seed=1)]
+    compare(
+        lambda dt, bias: [kernels.step_size(dt, bias, limit)],
+        lambda dt, bias: [reference.step_size(dt, bias, limit)],
+        leaves,
+    )
+    small = torch.full((1, 1), -9.0, device=DEVICE)  # exp(-9) is kept to the last bits, not only to 1e-7 of 1
+    exact = torch.nn.functional.softplus(small.double().cpu())
+    got = kernels.step_size(small, torch.zeros(1, device=DEVICE), (0.0, float("inf")))
+    assert abs(got.cpu().double() / exact - 1).item() < 1e-5
+
+
+@pytest.mark.parametrize("dtype, most", [F32, BF16])
+@pytest.mark.parametrize("lengths, width, biased, begun", [
+    ([1], 4, True, False), ([5, 0, 2, 40], 4, True, True), ([9, 1], 2, False, True), ([3, 4], 1, True, False), ([0, 2], 3, False, False),
+])  # fmt: skip
+def test_convolution(lengths, width, biased, begun, dtype, most):
+    channels, segments = 21, Segments.of(lengths, device=DEVICE)
+    leaves = [normal(sum(lengths), channels), normal(channels, width, seed=1), normal(channels, seed=2) if biased else None]
+    leaves.append(normal(len(lengths), channels, width - 1, seed=3) if begun and width > 1 else None)
+
+    def form(module, cut):
+        return lambda x, w, b, h: module.conv(x, w, b, cut, h)
+
+    compare(form(kernels, segments), form(reference, Segments.of(lengths)), leaves, dtype, most)
+
+
+def test_convolution_of_one_token_each_advances_its_slots_alone():
+    x, weight, bias = normal(3, 21).float(), normal(21, 4, seed=1).float(), normal(21, seed=2).float()
+    slots = torch.tensor([4, 0, 2])
+    tails = normal(5, 3, 21, seed=3).float()
+    mine, true = tails.to(DEVICE).transpose(1, 2), tails.clone().double().transpose(1, 2)
+    y = kernels.conv_step(apart(x).to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), mine, slots.to(DEVICE))
+    expected = reference.conv_step(x.double(), weight.double(), bias.double(), true, slots)
+    assert gap(y, expected) < 2e-5
+    assert gap(mine, true) < 1e-6
+
+
+def scan_leaves(lengths, heads, groups, width, size):
+    tokens = sum(lengths)
+    dt = torch.nn.functional.softplus(normal(tokens, heads, seed=1) - 2)
+    a = -(1 + 15 * torch.rand(heads, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    vectors = [normal(tokens, groups, size, seed=seed) for seed in (3, 4)]
+    return [normal(tokens, heads, width), dt, a, *vectors, normal(heads, seed=5), normal(len(lengths), heads, width, size, seed=6)]
+
+
+SCANS = [
+    ([1], 1, 1, 1, 1, ()),
+    ([50], 4, 2, 5, 7, ()),
+    ([3, 0, 70, 33], 6, 2, 16, 16, (1, 20, 72, 105)),
+    ([0, 16], 2, 1, 20, 3, (15,)),
+    ([100], 2, 2, 3, 17, (40, 63)),
+]
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-4), BF16])
+@pytest.mark.parametrize("lengths, heads, groups, width, size, keep", SCANS)
+def test_scan(lengths, heads, groups, width, size, keep, dtype, most):
+    leaves = scan_leaves(lengths, heads, groups, width, size)
+
+    def form(module, device):
+        segments = Segments.of(lengths, device=device)
+        return lambda x, dt, a, b, c, d, s: module.ssd(x, dt, a, b, c, d, segments, s, keep)
+
+    with launch.trial("scan", SCAN):
+        compare(form(kernels, DEVICE), form(reference, "cpu"), leaves, dtype, most, kept=(1, 2, 5, 6))
+
+
+def test_scan_without_an_initial_state_and_with_the_tables_blocks():
+    leaves = scan_leaves([130, 20], 2, 1, 8, 8)[:6]
+
+    def form(module, device):
+        segments = Segments.of([130, 20], device=device)
+        return lambda *v: module.ssd(*v, segments)
+
+    compare(form(kernels, DEVICE), form(vectorised, "cpu"), leaves, most=1e-4)
+
+
+@pytest.mark.parametrize("softplus", [False, True])
+def test_scan_of_one_token_each(softplus):
+    x, dt, a, b, c, d, state = (v.float() for v in scan_leaves([1, 1, 1], 4, 2, 10, 6))
+    bias, limit, slots = normal(4, seed=9).float(), (0.0, 0.4), torch.tensor([2, 0, 1])
+    mine, true = state.to(DEVICE), state.double()
+    row = [v.to(DEVICE) for v in (x, dt, a, b, c, d)]
+    more = {"bias_H": bias.to(DEVICE), "limit": limit} if softplus else {}
+    y = kernels.ssd_step(*row, mine, slots.to(DEVICE), **more)
+    steps = reference.step_size(dt.double(), bias.double(), limit) if softplus else dt.double()
+    expected = reference.ssd_step(x.double(), steps, a.double(), b.double(), c.double(), d.double(), true, slots)
+    assert gap(y, expected) < 2e-5
+    assert gap(mine, true) < 2e-5
+
+
+def test_a_float16_state_is_rounded_up_and_down_in_proportion():
+    """An update far below half a step of float16 is lost by rounding to the nearest, and kept on average here."""
+    heads, size, old, add = 4, 64, 1.0, 1e-4  # float16 has steps of 9.8e-4 above 1
+    state = torch.full((1, heads, 16, size), old, dtype=torch.float16, device=DEVICE)
+    one = torch.ones(1, heads, 16, device=DEVICE)
+    vector, still = torch.ones(1, 1, size, device=DEVICE), torch.zeros(heads, device=DEVICE)
+    dt = torch.full((1, heads), add, device=DEVICE)
+    for count in range(1, 5):
+        seed = torch.tensor([count], device=DEVICE)
+        kernels.ssd_step(one, dt, still, vector, vector, still, state, torch.zeros(1, dtype=torch.int64, device=DEVICE), seed=seed)
+    assert set(state.double().unique().tolist()) <= {1 + k * 2**-10 for k in range(5)}
+    mean, spread = state.double().mean().item() - old, (4 * add * 2**-10 / state.numel()) ** 0.5
+    assert abs(mean - 4 * add) < 5 * spread
