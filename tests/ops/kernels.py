@@ -3,22 +3,28 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language", reason="triton is not installed")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
 def mend_interpreter():
-    """triton 3.6 makes indices of arrays of one element by int(), which numpy 2.4 refuses."""
+    """Two faults of triton 3.6: it makes indices of arrays of one element by int(), which numpy 2.4 refuses; and it
+    multiplies bfloat16 matrices by the whole numbers that stand for them.
+    """
     from triton.runtime import interpreter
 
-    before = interpreter._patch_lang_tensor
+    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
     def patch(tensor, scope):
-        before(tensor, scope)
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
+    def wide(builder, v):
+        return builder.cast_impl(v, tl.float32) if v.dtype.scalar == tl.bfloat16 else v
+
     interpreter._patch_lang_tensor = patch
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(self, a), wide(self, b), *rest)
 
 
 if not CUDA:
