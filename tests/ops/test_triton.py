@@ -151,3 +151,76 @@ def test_a_float16_state_is_rounded_up_and_down_in_proportion():
     assert set(state.double().unique().tolist()) <= {1 + k * 2**-10 for k in range(5)}
     mean, spread = state.double().mean().item() - old, (4 * add * 2**-10 / state.numel()) ** 0.5
     assert abs(mean - 4 * add) < 5 * spread
+
+
+@pytest.mark.parametrize("dtype, most", [F32, BF16])
+@pytest.mark.parametrize("heads, kv_heads, width, lengths", [(1, 1, 16, [1]), (10, 2, 24, [5, 64, 131, 17])])
+def test_paged_attention(heads, kv_heads, width, lengths, dtype, most):
+    size, blocks = 16, 40
+    q = normal(len(lengths), heads, width).to(dtype)
+    k, v = (normal(blocks, size, kv_heads, width, seed=seed).to(dtype) for seed in (1, 2))
+    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(3))[: len(lengths) * 9].view(len(lengths), 9)
+    true = reference.paged_attention(q.double(), k.double(), v.double(), table, lengths)
+    with launch.trial("paged", {"split": 32, "tile": 16, "num_warps": 4, "num_stages": 2}):
+        for counts in (lengths, torch.tensor(lengths, device=DEVICE)):
+            row = [apart(q.flatten(1), heads * width).unflatten(1, (heads, width)).to(DEVICE), k.to(DEVICE), v.to(DEVICE)]
+            assert gap(kernels.paged_attention(*row, table.to(DEVICE), counts), true) < most
+
+
+@pytest.mark.parametrize("lengths, past", [([1], [0]), ([5, 0, 40], [0, 0, 0]), ([3, 20], [30, 7])])
+def test_attention_of_unlike_lengths(lengths, past):
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    cut, whole = (Segments.of(v) for v in (lengths, [n + p for n, p in zip(lengths, past, strict=True)]))
+    leaves = [normal(cut.tokens, 4, 64), normal(whole.tokens, 2, 64, seed=1), normal(whole.tokens, 2, 64, seed=2)]
+    mine = [Segments.of(v.lengths, device=DEVICE) for v in (cut, whole)]
+    compare(
+        lambda q, k, v: [kernels.attention(q, k, v, *mine)], lambda q, k, v: [reference.attention(q, k, v, cut, whole)],
+        leaves, dtype, 2e-2 if DEVICE == "cuda" else 2e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, most", [F32, BF16])
+@pytest.mark.parametrize("half", [3, 8])
+def test_rotary(half, dtype, most):
+    angles = normal(5, half, seed=1)
+    rotation = [angles.cos().float(), angles.sin().float()]
+    mine = [v.to(DEVICE) for v in rotation]
+    compare(
+        lambda x: [kernels.rotary(x, *mine)], lambda x: [reference.rotary(x, *rotation)], [normal(5, 3, 16)], dtype, most
+    )
+
+
+@pytest.mark.parametrize("dtype, most", [F32, BF16])
+def test_losses_over_the_vocabulary(dtype, most):
+    rows, width, vocabulary = 9, 16, 5000
+    leaves = [normal(rows, width), 0.2 * normal(vocabulary, width, seed=1), normal(rows, 8, seed=2), 0.3 * normal(vocabulary, 8, seed=3)]
+    targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(4))
+    targets[::4] = -100
+    mine = targets.to(DEVICE)
+    compare(
+        lambda h, w: [kernels.cross_entropy(h, w, mine, 4), kernels.log_prob(h, w, mine)],
+        lambda h, w: [reference.cross_entropy(h, w, targets), reference.log_prob(h, w, targets)],
+        leaves[:2], dtype, most,
+    )  # fmt: skip
+
+    def divergence(module):
+        return lambda h, w, th, tw: [module.kl(h, w, th.detach(), tw.detach(), 4) + 0 * th.sum() + 0 * tw.sum()]
+
+    compare(divergence(kernels), divergence(reference), leaves, dtype, most)
+
+
+def test_what_the_kernels_do_not_take_runs_in_torchs_form():
+    row = scan_leaves([20], 2, 1, 4, 4)[:6]
+    got = kernels.ssd(*row, Segments.of([20]))
+    expected = vectorised.ssd(*row, Segments.of([20]))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert kernels.rms_norm(row[0], torch.ones(4, dtype=torch.float64), 1e-5).dtype == torch.float64
+
+
+def test_the_form_is_chosen_in_one_place():
+    x, weight = normal(3, 8).float(), torch.ones(8)
+    with ops.using("triton"):
+        assert type(ops.rms_norm(x.requires_grad_(), weight, 1e-5).grad_fn).__name__ == "_NormBackward"
+    assert type(ops.rms_norm(x, weight, 1e-5).grad_fn).__name__ != "_NormBackward"
+    on_gpu = ops.active("cuda")
+    assert on_gpu["ssd"] == "triton" and on_gpu["linear"] == "torch" and set(on_gpu) == set(ops.OPERATIONS)
