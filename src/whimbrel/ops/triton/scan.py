@@ -6,13 +6,15 @@ state in its registers (float32). So a state goes through memory once a piece, n
     forward    1 `_walk`: what each piece adds to a state of zero; 2 `_pass`: states before pieces, one sequence after
                another; 3 `_read`: each piece from its state, y and the states asked for. With one piece a sequence, 3 alone.
     backward   1 and 2 the same from the other end, for the gradients of the states; then `_walk` writes the state before
-               and the gradient after each chunk (in the dtype of x: they go into matrix products), and `_gradients` takes a
-               chunk and a group of heads at a time: heads share B and C, so the sums over heads stay in registers.
+               and the gradient after each chunk (in the dtype of x: they go into matrix products), and `_reading`, then
+               `_writing` take a chunk and a group of heads at a time: heads share B and C, so sums over heads stay in
+               registers. Two kernels, since one would need more registers than there are.
 
 With cs the running sum of dt a inside a chunk, L_ij = exp(cs_i - cs_j) for i >= j, S0 the state before it:
     y_i = sum_j (C_i.B_j) L_ij dt_j x_j + exp(cs_i) S0 C_i + D x_i      S1 = exp(cs_end) S0 + sum_j exp(cs_end - cs_j) dt_j x_j B_j'
-Exponents are never positive. The gradient of cs_i is C_i.dC_i - B_i.dB_i, with each head's own dB and dC, and
-<dS1, S1> at the end; it needs no second derivative of L.
+Exponents are never positive. With Q_ij the product of a score (C_i.B_j) L_ij dt_j and its gradient, the gradient of cs_i is
+sum_j (Q_ij - Q_ji) + exp(cs_i) dy_i.S0 C_i - exp(cs_end - cs_i) dt_i x_i.dS1 B_i. Both sums are of the same rounded numbers:
+they cancel exactly where they must.
 
 T tokens, S sequences, H heads, P head width, N state size, G groups, n pieces, m chunks, C tokens of a chunk.
 """
@@ -146,12 +148,14 @@ def _read(
 
 
 @triton.jit
-def _gradients(
-    x, dt, a, b, c, d, dy, before, after, dx, ddt, db, dc, da, dd, begins, ends, tokens, x_stride, b_stride, c_stride, dy_stride,
+def _reading(
+    x, dt, a, b, c, dy, before, dc, dproducts, reads, begins, ends, tokens, x_stride, b_stride, c_stride, dy_stride,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr, G: tl.constexpr,
     C: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a chunk and a group, from the state before it and the gradient of the state after it."""
+    """dC of a chunk and a group; the gradient of C B' there, summed over heads; and the gradient of cs of each head [H, T]
+    as far as it does not come from the state after the chunk.
+    """
     g, chunk = tl.program_id(0), tl.program_id(1)
     p, n, j = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, C)
     i = tl.load(begins + chunk) + j
@@ -159,10 +163,53 @@ def _gradients(
     far = i.to(tl.int64)[:, None]
     columns = real[:, None] & (n < N)[None, :]
     bs = tl.load(b + far * b_stride + g * N + n[None, :], mask=columns, other=0.0)
-    reads = tl.load(c + far * c_stride + g * N + n[None, :], mask=columns, other=0.0)
-    product = tl.dot(reads, tl.trans(bs), input_precision=DOT)
+    cs_ = tl.load(c + far * c_stride + g * N + n[None, :], mask=columns, other=0.0)
+    product = tl.dot(cs_, tl.trans(bs), input_precision=DOT)
     dproduct = tl.zeros([C, C], tl.float32)
-    dbs, dreads = tl.zeros([C, BN], tl.float32), tl.zeros([C, BN], tl.float32)
+    dreads = tl.zeros([C, BN], tl.float32)
+    mask = real[:, None] & (p < P)[None, :]
+    for k in range(0, SHARED):
+        h = g * SHARED + k
+        rate = tl.load(a + h)
+        steps = tl.load(dt + h.to(tl.int64) * tokens + i, mask=real, other=0.0)
+        cs = tl.cumsum(steps * rate, 0)
+        xs = tl.load(x + far * x_stride + h * P + p[None, :], mask=mask, other=0.0)
+        up = tl.load(dy + far * dy_stride + h * P + p[None, :], mask=mask, other=0.0)
+        place = (chunk.to(tl.int64) * H + h) * (P * N) + p[:, None] * N + n[None, :]
+        old = tl.load(before + place, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
+        pairs = tl.dot(up, tl.trans(xs), input_precision=DOT)
+        pairs *= tl.exp(tl.where(j[:, None] >= j[None, :], cs[:, None] - cs[None, :], float("-inf"))) * steps[None, :]
+        dproduct += pairs
+        reached = tl.dot(up, old, input_precision=DOT) * tl.exp(cs)[:, None]
+        dreads += reached
+        pairs *= product
+        read = tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(reached * cs_.to(tl.float32), 1)
+        tl.store(reads + h.to(tl.int64) * tokens + i, read, mask=real)
+    low = dproduct.to(bs.dtype)
+    dreads = tl.dot(low, bs, dreads, input_precision=DOT)
+    tl.store(dc + far * (G * N) + g * N + n[None, :], dreads.to(dc.dtype.element_ty), mask=columns)
+    tl.store(dproducts + ((chunk.to(tl.int64) * G + g) * C + j[:, None]) * C + j[None, :], low)
+
+
+@triton.jit
+def _writing(
+    x, dt, a, b, c, d, dy, before, after, dproducts, reads, dx, ddt, db, da, dd, begins, ends, tokens,
+    x_stride, b_stride, c_stride, dy_stride,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr, G: tl.constexpr,
+    C: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dB of a chunk and a group; dx, ddt, and the chunk's part of the gradients of a and D, of each head."""
+    g, chunk = tl.program_id(0), tl.program_id(1)
+    p, n, j = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, C)
+    i = tl.load(begins + chunk) + j
+    real = i < tl.load(ends + chunk)
+    far = i.to(tl.int64)[:, None]
+    columns = real[:, None] & (n < N)[None, :]
+    bs = tl.load(b + far * b_stride + g * N + n[None, :], mask=columns, other=0.0)
+    cs_ = tl.load(c + far * c_stride + g * N + n[None, :], mask=columns, other=0.0)
+    product = tl.dot(bs, tl.trans(cs_), input_precision=DOT)  # the later token is the column here
+    low = tl.load(dproducts + ((chunk.to(tl.int64) * G + g) * C + j[:, None]) * C + j[None, :])
+    dbs = tl.dot(tl.trans(low), cs_, input_precision=DOT)
     inside = (p < P)[:, None] & (n < N)[None, :]
     mask = real[:, None] & (p < P)[None, :]
     for k in range(0, SHARED):
@@ -171,37 +218,29 @@ def _gradients(
         steps = tl.load(dt + h.to(tl.int64) * tokens + i, mask=real, other=0.0)
         cs = tl.cumsum(steps * rate, 0)
         total = tl.sum(steps * rate, 0)
-        decay = tl.exp(tl.where(j[:, None] >= j[None, :], cs[:, None] - cs[None, :], float("-inf")))
         to_end = tl.exp(total - cs)
         xs = tl.load(x + far * x_stride + h * P + p[None, :], mask=mask, other=0.0)
         up = tl.load(dy + far * dy_stride + h * P + p[None, :], mask=mask, other=0.0)
         place = (chunk.to(tl.int64) * H + h) * (P * N) + p[:, None] * N + n[None, :]
-        old = tl.load(before + place, mask=inside, other=0.0)
         new = tl.load(after + place, mask=inside, other=0.0)
-        pairs = tl.dot(up, tl.trans(xs), input_precision=DOT) * decay * steps[None, :]
-        dproduct += pairs
-        pairs *= product
-        dcs = tl.sum(pairs, 1) - tl.sum(pairs, 0)
-        reached = tl.dot(up, old, input_precision=DOT) * tl.exp(cs)[:, None]
-        dreads += reached
-        dcs += tl.sum(reached * reads.to(tl.float32), 1)
-        given = tl.dot(xs, new, input_precision=DOT) * (to_end * steps)[:, None]
-        dbs += given
-        pull = tl.sum(given * bs.to(tl.float32), 1)
-        dcs -= pull
+        old = tl.load(before + place, mask=inside, other=0.0)
+        last = tl.exp(total) * tl.sum(tl.sum(old.to(tl.float32) * new.to(tl.float32), 1), 0)
+        dbs += tl.dot(xs, new, input_precision=DOT) * (to_end * steps)[:, None]
         du = tl.dot(bs, tl.trans(new), input_precision=DOT) * to_end[:, None]
-        du = tl.dot(tl.trans((product * decay).to(xs.dtype)), up, du, input_precision=DOT)
-        last = tl.sum(pull, 0) + tl.exp(total) * tl.sum(tl.sum(old.to(tl.float32) * new.to(tl.float32), 1), 0)
-        decays = last + tl.sum(dcs, 0) - tl.cumsum(dcs, 0) + dcs
-        wide, wide_up = xs.to(tl.float32), up.to(tl.float32)
-        tl.store(ddt + h.to(tl.int64) * tokens + i, decays * rate + tl.sum(du * wide, 1), mask=real)
+        wide = xs.to(tl.float32)
+        pull = tl.sum(du * wide, 1) * steps
+        last += tl.sum(pull, 0)
+        decay = tl.exp(tl.where(j[None, :] >= j[:, None], cs[None, :] - cs[:, None], float("-inf")))
+        du = tl.dot((product * decay).to(xs.dtype), up, du, input_precision=DOT)
+        along = tl.sum(du * wide, 1)
+        wide_up = up.to(tl.float32)
         tl.store(dx + far * (H * P) + h * P + p[None, :], (du * steps[:, None] + skip * wide_up).to(dx.dtype.element_ty), mask=mask)
+        dcs = tl.load(reads + h.to(tl.int64) * tokens + i, mask=real, other=0.0) - pull
+        decays = last + tl.sum(dcs, 0) - tl.cumsum(dcs, 0) + dcs
+        tl.store(ddt + h.to(tl.int64) * tokens + i, decays * rate + along, mask=real)
         tl.store(da + chunk * H + h, tl.sum(decays * steps, 0))
         tl.store(dd + chunk * H + h, tl.sum(tl.sum(wide * wide_up, 1), 0))
-    dreads = tl.dot(dproduct.to(bs.dtype), bs, dreads, input_precision=DOT)
-    dbs = tl.dot(tl.trans(dproduct.to(bs.dtype)), reads, dbs, input_precision=DOT)
     tl.store(db + far * (G * N) + g * N + n[None, :], dbs.to(db.dtype.element_ty), mask=columns)
-    tl.store(dc + far * (G * N) + g * N + n[None, :], dreads.to(dc.dtype.element_ty), mask=columns)
 
 
 class _Shape:
@@ -210,9 +249,11 @@ class _Shape:
     def __init__(self, x_THP: Tensor, b_TGN: Tensor, longest: int) -> None:
         (self.tokens, self.heads, self.width), (self.groups, self.size) = x_THP.shape, b_TGN.shape[1:]
         chosen = settings("scan", P=self.width, N=self.size)
+        walk = settings("scan_walk", P=self.width, N=self.size)
         self.chunk = min(chosen["chunk"], power(longest, 16))
         self.piece = max(self.chunk, chosen["piece"] // self.chunk * self.chunk)
-        self.launch = {"num_warps": chosen["num_warps"], "num_stages": chosen["num_stages"]}
+        self.read = {"num_warps": chosen["num_warps"], "num_stages": chosen["num_stages"]}
+        self.walk = {"num_warps": walk["num_warps"], "num_stages": walk["num_stages"]}
         self.exact = "ieee" if x_THP.dtype == torch.float32 else "tf32"  # of bfloat16 products are exact either way
         self.block = min(chosen.get("width", 128), power(self.width, 16))
         self.sizes = {
@@ -247,7 +288,7 @@ def _between(
     gain, fade = shape.empty(cuts.pieces, torch.float32, x), x.new_empty(cuts.pieces, shape.heads, dtype=torch.float32)
     _walk[(shape.programs, cuts.pieces)](
         x, dt, a, b, gain, gain, gain, fade, cuts.begins, cuts.chunks, shape.tokens, x.stride(0), b.stride(0),
-        **shape.sizes, **shape.launch, BP=shape.block, REVERSE=reverse, STARTED=False, STORE=False,
+        **shape.sizes, **shape.walk, BP=shape.block, REVERSE=reverse, STARTED=False, STORE=False,
     )  # fmt: skip
     between, out = torch.empty_like(gain), shape.empty(count, torch.float32, x)
     size, block = shape.width * shape.size, 1024
@@ -274,7 +315,7 @@ class _Scan(torch.autograd.Function):
             start, _ = _between(shape, cuts, (x, dt_HT, a, b), initial, None)
         _read[(shape.programs, cuts.pieces)](
             x, dt_HT, a, b, c, d, x if start is None else start, y, states, cuts.begins, cuts.rows, shape.tokens,
-            x.stride(0), b.stride(0), c.stride(0), **shape.sizes, **shape.launch, BP=shape.block, STARTED=start is not None,
+            x.stride(0), b.stride(0), c.stride(0), **shape.sizes, **shape.read, BP=shape.block, STARTED=start is not None,
         )  # fmt: skip
         if cuts.empty:
             states[list(cuts.empty)] = 0.0 if initial is None else initial[list(cuts.empty)]
@@ -297,16 +338,21 @@ class _Scan(torch.autograd.Function):
         for side, by, state, store, reverse in ((x, b, start, before, False), (dy, c, into, after, True)):
             _walk[(shape.programs, cuts.pieces)](
                 side, dt, a, by, unused if state is None else state, store, unused, fade, cuts.begins, cuts.chunks,
-                shape.tokens, side.stride(0), by.stride(0), **shape.sizes, **shape.launch,
+                shape.tokens, side.stride(0), by.stride(0), **shape.sizes, **shape.walk,
                 BP=shape.block, REVERSE=reverse, STARTED=state is not None, STORE=True,
             )  # fmt: skip
         dx, ddt = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(dt)
         db, dc = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (b, c))
         da, dd = (x.new_empty(cuts.count, shape.heads, dtype=torch.float32) for _ in range(2))
-        _gradients[(shape.groups, cuts.count)](
-            x, dt, a, b, c, d, dy, before, after, dx, ddt, db, dc, da, dd, cuts.chunk_begins, cuts.chunk_ends, shape.tokens,
-            x.stride(0), b.stride(0), c.stride(0), dy.stride(0), **shape.sizes, G=shape.groups,
-            BP=power(shape.width, 16), **settings("scan_backward", P=shape.width, N=shape.size),
+        reads = torch.empty_like(dt)
+        low = torch.empty(cuts.count, shape.groups, shape.chunk, shape.chunk, dtype=x.dtype, device=x.device)
+        grid, blocks = (shape.groups, cuts.count), {"G": shape.groups, "BP": power(shape.width, 16)}
+        ends = (cuts.chunk_begins, cuts.chunk_ends, shape.tokens, x.stride(0), b.stride(0), c.stride(0), dy.stride(0))
+        launches = [settings(name, P=shape.width, N=shape.size) for name in ("scan_reading", "scan_writing")]
+        _reading[grid](x, dt, a, b, c, dy, before, dc, low, reads, *ends, **shape.sizes, **blocks, **launches[0])
+        _writing[grid](
+            x, dt, a, b, c, d, dy, before, after, low, reads, dx, ddt, db, da, dd, *ends,
+            **shape.sizes, **blocks, **launches[1],
         )  # fmt: skip
         if cuts.empty:
             dinitial[list(cuts.empty)] = dstates[list(cuts.empty)]
