@@ -9,8 +9,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def mend_interpreter():
-    """Two faults of triton 3.6: it makes indices of arrays of one element by int(), which numpy 2.4 refuses; and it
-    multiplies bfloat16 matrices by the whole numbers that stand for them.
+    """Three faults of triton 3.6: it makes indices of arrays of one element by int(), which numpy 2.4 refuses; it
+    multiplies bfloat16 matrices by the whole numbers that stand for them; rounding to FP8 loses carries.
     """
     from triton.runtime import interpreter
 
@@ -23,6 +23,15 @@ def mend_interpreter():
     def wide(builder, v):
         return builder.cast_impl(v, tl.float32) if v.dtype.scalar == tl.bfloat16 else v
 
+    convert = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def to_fp8(builder, src, kind, rounding):
+        if kind.scalar != tl.float8e4nv or src.dtype.scalar != tl.float32:
+            return convert(builder, src, kind, rounding)
+        codes = torch.from_numpy(src.data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(codes, kind.scalar)
+
+    interpreter.InterpreterBuilder.create_fp_to_fp = to_fp8
     interpreter._patch_lang_tensor = patch
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(self, a), wide(self, b), *rest)
 
@@ -64,12 +73,17 @@ def compare(kernel, true, leaves, dtype=torch.float32, most=2e-5, seed=0, kept=(
     `most`: the largest gap of an output or gradient.
     """
     kinds = [torch.float32 if place in kept else dtype for place in range(len(leaves))]
-    low = [
-        v if v is None or not v.is_floating_point() else v.to(kind) for v, kind in zip(leaves, kinds, strict=True)
-    ]
+    low = [v if v is None or not v.is_floating_point() else v.to(kind) for v, kind in zip(leaves, kinds, strict=True)]
     exact = [v if v is None or not v.is_floating_point() else v.double().requires_grad_() for v in low]
     given = [v if v is None else v.detach().to(DEVICE) for v in low]
-    given = [v if v is None or not v.is_floating_point() else apart(v).requires_grad_() if v.dim() > 1 else v.requires_grad_() for v in given]
+    given = [
+        v
+        if v is None or not v.is_floating_point()
+        else apart(v).requires_grad_()
+        if v.dim() > 1
+        else v.requires_grad_()
+        for v in given
+    ]
     outputs, gradients = run(kernel, given, seed)
     expected, expected_gradients = run(true, exact, seed)
     for place, (y, e) in enumerate(zip(outputs, expected, strict=True)):

@@ -1,7 +1,7 @@
 """Triton kernels against the definitions in float64: in the interpreter on a CPU, as machine code on a GPU.
 
-float32: 2e-5 of the largest value, 1e-4 for sums over many tokens of the scan. bfloat16: 2e-2 (its rounding is 4e-3, and
-operands of products are rounded too).
+float32: 2e-5 of the largest value, 1e-4 for sums over many tokens of the scan. bfloat16: 2e-2 (its rounding is 4e-3,
+and operands of products are rounded too).
 """
 
 import pytest
@@ -23,7 +23,9 @@ SCAN = {"piece": 32, "chunk": 16, "num_warps": 4, "num_stages": 2}
 @pytest.mark.parametrize("shape", [(1, 1), (5, 70), (3, 4, 16), (33, 128)])
 def test_rms_norm(shape, dtype, most):
     leaves = [normal(*shape), 1 + normal(shape[-1], seed=1)]
-    compare(lambda x, w: [kernels.rms_norm(x, w, 1e-5)], lambda x, w: [reference.rms_norm(x, w, 1e-5)], leaves, dtype, most)
+    compare(
+        lambda x, w: [kernels.rms_norm(x, w, 1e-5)], lambda x, w: [reference.rms_norm(x, w, 1e-5)], leaves, dtype, most
+    )
 
 
 @pytest.mark.parametrize("dtype, most", [F32, BF16])
@@ -60,11 +62,16 @@ def test_step_size(limit):
 
 @pytest.mark.parametrize("dtype, most", [F32, BF16])
 @pytest.mark.parametrize("lengths, width, biased, begun", [
-    ([1], 4, True, False), ([5, 0, 2, 40], 4, True, True), ([9, 1], 2, False, True), ([3, 4], 1, True, False), ([0, 2], 3, False, False),
+    ([1], 4, True, False), ([5, 0, 2, 40], 4, True, True), ([9, 1], 2, False, True), ([3, 4], 1, True, False),
+    ([0, 2], 3, False, False),
 ])  # fmt: skip
 def test_convolution(lengths, width, biased, begun, dtype, most):
     channels, segments = 21, Segments.of(lengths, device=DEVICE)
-    leaves = [normal(sum(lengths), channels), normal(channels, width, seed=1), normal(channels, seed=2) if biased else None]
+    leaves = [
+        normal(sum(lengths), channels),
+        normal(channels, width, seed=1),
+        normal(channels, seed=2) if biased else None,
+    ]
     leaves.append(normal(len(lengths), channels, width - 1, seed=3) if begun and width > 1 else None)
 
     def form(module, cut):
@@ -89,7 +96,14 @@ def scan_leaves(lengths, heads, groups, width, size):
     dt = torch.nn.functional.softplus(normal(tokens, heads, seed=1) - 2)
     a = -(1 + 15 * torch.rand(heads, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
     vectors = [normal(tokens, groups, size, seed=seed) for seed in (3, 4)]
-    return [normal(tokens, heads, width), dt, a, *vectors, normal(heads, seed=5), normal(len(lengths), heads, width, size, seed=6)]
+    return [
+        normal(tokens, heads, width),
+        dt,
+        a,
+        *vectors,
+        normal(heads, seed=5),
+        normal(len(lengths), heads, width, size, seed=6),
+    ]
 
 
 SCANS = [
@@ -147,7 +161,9 @@ def test_a_float16_state_is_rounded_up_and_down_in_proportion():
     dt = torch.full((1, heads), add, device=DEVICE)
     for count in range(1, 5):
         seed = torch.tensor([count], device=DEVICE)
-        kernels.ssd_step(one, dt, still, vector, vector, still, state, torch.zeros(1, dtype=torch.int64, device=DEVICE), seed=seed)
+        kernels.ssd_step(
+            one, dt, still, vector, vector, still, state, torch.zeros(1, dtype=torch.int64, device=DEVICE), seed=seed
+        )
     assert set(state.double().unique().tolist()) <= {1 + k * 2**-10 for k in range(5)}
     mean, spread = state.double().mean().item() - old, (4 * add * 2**-10 / state.numel()) ** 0.5
     assert abs(mean - 4 * add) < 5 * spread
@@ -163,7 +179,11 @@ def test_paged_attention(heads, kv_heads, width, lengths, dtype, most):
     true = reference.paged_attention(q.double(), k.double(), v.double(), table, lengths)
     with launch.trial("paged", {"split": 32, "tile": 16, "num_warps": 4, "num_stages": 2}):
         for counts in (lengths, torch.tensor(lengths, device=DEVICE)):
-            row = [apart(q.flatten(1), heads * width).unflatten(1, (heads, width)).to(DEVICE), k.to(DEVICE), v.to(DEVICE)]
+            row = [
+                apart(q.flatten(1), heads * width).unflatten(1, (heads, width)).to(DEVICE),
+                k.to(DEVICE),
+                v.to(DEVICE),
+            ]
             assert gap(kernels.paged_attention(*row, table.to(DEVICE), counts), true) < most
 
 
@@ -186,14 +206,23 @@ def test_rotary(half, dtype, most):
     rotation = [angles.cos().float(), angles.sin().float()]
     mine = [v.to(DEVICE) for v in rotation]
     compare(
-        lambda x: [kernels.rotary(x, *mine)], lambda x: [reference.rotary(x, *rotation)], [normal(5, 3, 16)], dtype, most
+        lambda x: [kernels.rotary(x, *mine)],
+        lambda x: [reference.rotary(x, *rotation)],
+        [normal(5, 3, 16)],
+        dtype,
+        most,
     )
 
 
 @pytest.mark.parametrize("dtype, most", [F32, BF16])
 def test_losses_over_the_vocabulary(dtype, most):
     rows, width, vocabulary = 9, 16, 5000
-    leaves = [normal(rows, width), 0.2 * normal(vocabulary, width, seed=1), normal(rows, 8, seed=2), 0.3 * normal(vocabulary, 8, seed=3)]
+    leaves = [
+        normal(rows, width),
+        0.2 * normal(vocabulary, width, seed=1),
+        normal(rows, 8, seed=2),
+        0.3 * normal(vocabulary, 8, seed=3),
+    ]
     targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(4))
     targets[::4] = -100
     mine = targets.to(DEVICE)
@@ -224,3 +253,27 @@ def test_the_form_is_chosen_in_one_place():
     assert type(ops.rms_norm(x, weight, 1e-5).grad_fn).__name__ != "_NormBackward"
     on_gpu = ops.active("cuda")
     assert on_gpu["ssd"] == "triton" and on_gpu["linear"] == "torch" and set(on_gpu) == set(ops.OPERATIONS)
+
+
+@pytest.mark.parametrize("relu2", [False, True])
+@pytest.mark.parametrize("shape", [(1, 128), (37, 130)])
+def test_casts_to_fp8(shape, relu2):
+    """E4M3 keeps four bits: half a step is 1/16 of the value, or of the smallest normal number, 2^-6 of the scale."""
+    from whimbrel.ops.triton import quantise
+
+    x = normal(*shape).float()
+    true = x.relu().square() if relu2 else x
+    codes, scales = quantise.by_blocks(apart(x).to(DEVICE), relu2)
+    assert scales.stride(0) == 1 and codes.dtype == torch.float8_e4m3fn
+    wide = scales.repeat_interleave(128, 1)[:, : shape[1]].cpu()
+    assert ((codes.float().cpu() * wide - true).abs() <= (true.abs() / 16).maximum(wide * 2**-10)).all()
+    peak = (
+        scales.cpu()
+        * 448
+        / torch.nn.functional.pad(true.abs(), (0, -shape[1] % 128)).unflatten(1, (-1, 128)).amax(-1).clamp(min=1e-12)
+    )
+    assert gap(peak, torch.ones_like(peak)) < 1e-6
+    scale = quantise.relu2_scale(x.to(DEVICE)) if relu2 else x.abs().max().to(DEVICE) / 448
+    codes = quantise.by_tensor(x.to(DEVICE), scale, relu2).float().cpu()
+    assert ((codes * scale.cpu() - true).abs() <= (true.abs() / 16).maximum(scale.cpu() * 2**-10)).all()
+    assert codes.abs().max() == 448

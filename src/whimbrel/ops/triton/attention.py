@@ -29,7 +29,7 @@ def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, ke
     half = q_THE.dtype in (torch.bfloat16, torch.float16) and k_UKE.dtype == v_UKE.dtype == q_THE.dtype
     if varlen_attn is None or not half or not q_THE.is_cuda or not queries.tokens or q_THE.shape[2] > 256:
         return vectorised.attention(q_THE, k_UKE, v_UKE, queries, keys)
-    grouped = {"enable_gqa": True} if q_THE.shape[1] != k_UKE.shape[1] else {}
+    grouped: Any = {"enable_gqa": True} if q_THE.shape[1] != k_UKE.shape[1] else {}
     y_THE = varlen_attn(
         q_THE.contiguous(),
         k_UKE.contiguous(),
@@ -89,7 +89,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Turning back: the rotation is orthogonal."""
-        return _turn(gradients[0], *ctx.saved_tensors, True), None, None
+        cos_TR, sin_TR = ctx.saved_tensors
+        return _turn(gradients[0], cos_TR, sin_TR, True), None, None
 
 
 def rotary(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

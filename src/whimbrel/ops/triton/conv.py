@@ -21,10 +21,14 @@ from whimbrel.ops.triton.launch import cdiv, fits, power, settings
 
 
 @triton.jit
-def _inputs(x, initial, at, start, end, s, col, inside, x_stride, I: tl.constexpr, W: tl.constexpr, HISTORY: tl.constexpr):
+def _inputs(
+    x, initial, at, start, end, s, col, inside, x_stride, I: tl.constexpr, W: tl.constexpr, HISTORY: tl.constexpr
+):
     """Rows `at` of a sequence [start, end), in float32; those up to W-1 before it from its history, others zero."""
     here = (at >= start) & (at < end)
-    v = tl.load(x + at.to(tl.int64)[:, None] * x_stride + col[None, :], mask=here[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    v = tl.load(
+        x + at.to(tl.int64)[:, None] * x_stride + col[None, :], mask=here[:, None] & inside[None, :], other=0.0
+    ).to(tl.float32)
     if HISTORY:
         back = at - start + (W - 1)
         before = (back >= 0) & (back < W - 1)
@@ -42,7 +46,9 @@ def _total(
     total = tl.zeros([at.shape[0], col.shape[0]], tl.float32)
     for k in tl.static_range(W):
         w = tl.load(weight + col * W + k, mask=inside, other=0.0).to(tl.float32)
-        total += w[None, :] * _inputs(x, initial, at + (k - (W - 1)), start, end, s, col, inside, x_stride, I, W, HISTORY)
+        total += w[None, :] * _inputs(
+            x, initial, at + (k - (W - 1)), start, end, s, col, inside, x_stride, I, W, HISTORY
+        )
     if BIAS:
         total += tl.load(bias + col, mask=inside, other=0.0).to(tl.float32)[None, :]
     return total
@@ -66,7 +72,9 @@ def _forward(
 
 
 @triton.jit
-def _tails(x, initial, tail, starts, x_stride, I: tl.constexpr, W: tl.constexpr, HISTORY: tl.constexpr, BI: tl.constexpr):
+def _tails(
+    x, initial, tail, starts, x_stride, I: tl.constexpr, W: tl.constexpr, HISTORY: tl.constexpr, BI: tl.constexpr
+):
     """The last W-1 inputs of each sequence, history included: tail [S, W-1, I]."""
     s = tl.program_id(1)
     start, end = tl.load(starts + s), tl.load(starts + s + 1)
@@ -108,12 +116,32 @@ def _backward(
     result = tl.zeros([L, BI], tl.float32)
     for k in tl.static_range(W):
         w = tl.load(weight + col * W + k, mask=inside, other=0.0).to(tl.float32)
-        later = _slope(x, weight, bias, initial, dy, at + (W - 1 - k), start, end, s, col, inside, x_stride, dy_stride, I, W, HISTORY, BIAS)
+        later = _slope(
+            x,
+            weight,
+            bias,
+            initial,
+            dy,
+            at + (W - 1 - k),
+            start,
+            end,
+            s,
+            col,
+            inside,
+            x_stride,
+            dy_stride,
+            I,
+            W,
+            HISTORY,
+            BIAS,
+        )
         result += w[None, :] * later
     if TAIL:
         j = at - (end - (W - 1))
         mask = ((j >= 0) & (at < stop))[:, None] & inside[None, :]
-        result += tl.load(dtail + s.to(tl.int64) * (I * (W - 1)) + j[:, None] * I + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        result += tl.load(
+            dtail + s.to(tl.int64) * (I * (W - 1)) + j[:, None] * I + col[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
     mask = (at < stop)[:, None] & inside[None, :]
     tl.store(dx + at.to(tl.int64)[:, None] * I + col[None, :], result.to(dx.dtype.element_ty), mask=mask)
     own = _slope(x, weight, bias, initial, dy, at, start, end, s, col, inside, x_stride, dy_stride, I, W, HISTORY, BIAS)
@@ -140,13 +168,37 @@ def _histories(
         result = tl.zeros([1, BI], tl.float32)
         for k in tl.static_range(W):
             w = tl.load(weight + col * W + k, mask=inside, other=0.0).to(tl.float32)
-            later = _slope(x, weight, bias, initial, dy, at + (W - 1 - k), start, end, s, col, inside, x_stride, dy_stride, I, W, True, BIAS)
+            later = _slope(
+                x,
+                weight,
+                bias,
+                initial,
+                dy,
+                at + (W - 1 - k),
+                start,
+                end,
+                s,
+                col,
+                inside,
+                x_stride,
+                dy_stride,
+                I,
+                W,
+                True,
+                BIAS,
+            )
             result += w[None, :] * later
         if TAIL:
             place = at - (end - (W - 1))
             mask = (place >= 0)[:, None] & inside[None, :]
-            result += tl.load(dtail + s.to(tl.int64) * (I * (W - 1)) + place[:, None] * I + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(dinitial + s.to(tl.int64) * (I * (W - 1)) + j * I + col[None, :], result.to(dinitial.dtype.element_ty), mask=inside[None, :])
+            result += tl.load(
+                dtail + s.to(tl.int64) * (I * (W - 1)) + place[:, None] * I + col[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
+        tl.store(
+            dinitial + s.to(tl.int64) * (I * (W - 1)) + j * I + col[None, :],
+            result.to(dinitial.dtype.element_ty),
+            mask=inside[None, :],
+        )
 
 
 @triton.jit
@@ -185,7 +237,13 @@ class _Conv(torch.autograd.Function):
         y_TI = torch.empty(x_TI.shape, dtype=x_TI.dtype, device=x_TI.device)
         tail = torch.empty(segments.count, width - 1, channels, dtype=x_TI.dtype, device=x_TI.device)
         block = min(chosen["channels"], power(channels, 16))
-        shape = {"I": channels, "W": width, "HISTORY": history is not None, "BI": block, "num_warps": chosen["num_warps"]}
+        shape = {
+            "I": channels,
+            "W": width,
+            "HISTORY": history is not None,
+            "BI": block,
+            "num_warps": chosen["num_warps"],
+        }
         bias, before = (x_TI if v is None else v for v in (bias_I, history))
         parts = cdiv(channels, block)
         if cuts.pieces:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,17 +62,15 @@ def cut(lengths: tuple[int, ...], keep: tuple[int, ...], piece: int, chunk: int,
         starts.append(at)
         first.append(len(begins))
     begins.append(at)
-    spans = [
-        (i, min(i + chunk, stop)) for begin, stop in zip(begins, begins[1:], strict=False) for i in range(begin, stop, chunk)
-    ]
+    spans = [(i, min(i + chunk, stop)) for begin, stop in pairwise(begins) for i in range(begin, stop, chunk)]
     chunks = [0]
-    for begin, stop in zip(begins, begins[1:], strict=False):
+    for begin, stop in pairwise(begins):
         chunks.append(chunks[-1] - (begin - stop) // chunk)
     lists = (begins, sequence, starts, first, rows, chunks, [a for a, _ in spans], [b for _, b in spans])
     flat = torch.tensor([value for values in lists for value in values], dtype=torch.int32)
     if device.type == "cuda":
         flat = flat.pin_memory()
-    parts = flat.to(device, non_blocking=True).split([len(values) for values in lists])
+    parts: Any = flat.to(device, non_blocking=True).split([len(values) for values in lists])
     empty = tuple(s for s, length in enumerate(lengths) if not length)
     single = len(begins) - 1 == len(lengths) - len(empty)
     return Cuts(*parts, len(begins) - 1, len(spans), tuple(held[k] for k in keep), empty, single)

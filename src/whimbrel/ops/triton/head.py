@@ -33,7 +33,9 @@ def _losses(logits, targets, lse, loss, stride, V: tl.constexpr, BLOCK: tl.const
         z = tl.load(logits + row * stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(most, z)
         # An empty lane is exp(-inf + inf): kept at 0 by not scaling what is still 0.
-        total = tl.where(total > 0, total * tl.exp(most - higher), 0.0) + tl.where(z > float("-inf"), tl.exp(z - higher), 0.0)
+        total = tl.where(total > 0, total * tl.exp(most - higher), 0.0) + tl.where(
+            z > float("-inf"), tl.exp(z - higher), 0.0
+        )
         most = higher
     peak = tl.max(most, 0)
     sum_ = tl.sum(tl.where(total > 0, total * tl.exp(most - peak), 0.0), 0)
@@ -127,7 +129,9 @@ class _CrossEntropy(torch.autograd.Function):
             part = slice(at, at + ctx.chunk)
             logits, launch = hidden_TD[part] @ weight_VD.t(), _launch()
             grid = (len(logits), triton.cdiv(vocabulary, launch["BLOCK"]))
-            _loss_gradients[grid](logits, targets_T[part], lse[part], up[part], logits.stride(0), V=vocabulary, **launch)
+            _loss_gradients[grid](
+                logits, targets_T[part], lse[part], up[part], logits.stride(0), V=vocabulary, **launch
+            )
             dhidden[part] = logits @ weight_VD
             dweight += logits.t() @ hidden_TD[part]
         return dhidden, dweight.to(weight_VD.dtype), None, None
@@ -161,7 +165,9 @@ class _KL(torch.autograd.Function):
             student, teacher = hidden_TD[part] @ weight_VD.t(), teacher_TD[part] @ teacher_VD.t()
             launch = _launch()
             grid = (len(student), triton.cdiv(vocabulary, launch["BLOCK"]))
-            _divergence_gradients[grid](student, teacher, stats[part], up[part], student.stride(0), V=vocabulary, **launch)
+            _divergence_gradients[grid](
+                student, teacher, stats[part], up[part], student.stride(0), V=vocabulary, **launch
+            )
             dhidden[part] = student @ weight_VD
             dweight += student.t() @ hidden_TD[part]
         return dhidden, dweight.to(weight_VD.dtype), None, None, None

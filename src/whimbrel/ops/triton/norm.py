@@ -45,7 +45,11 @@ def _backward(
         r = tl.load(rstd + row, mask=row < count, other=0.0)[:, None]
         unit = v * r
         pull = tl.sum(g * w[None, :] * unit, 1) / D
-        tl.store(dx + place * D + col[None, :], ((g * w[None, :] - unit * pull[:, None]) * r).to(dx.dtype.element_ty), mask=inside)
+        tl.store(
+            dx + place * D + col[None, :],
+            ((g * w[None, :] - unit * pull[:, None]) * r).to(dx.dtype.element_ty),
+            mask=inside,
+        )
         total += tl.sum(g * unit, 0)
     tl.store(dweight + tl.program_id(0) * D + col, total, mask=col < D)
 

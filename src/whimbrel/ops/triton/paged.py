@@ -53,7 +53,7 @@ def _split(
             total = tl.dot(p.to(qs.dtype), values, total * fade[:, None], input_precision=DOT)
             weights = weights * fade + tl.sum(p, 1)
             most = higher
-        to = ((s * splits + part) * H + head * shared + row)
+        to = (s * splits + part) * H + head * shared + row
         tl.store(parts + to[:, None] * E + e[None, :], total, mask=mine)
         tl.store(stats + to * 2, most, mask=row < shared)
         tl.store(stats + to * 2 + 1, weights, mask=row < shared)

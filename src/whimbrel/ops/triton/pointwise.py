@@ -99,7 +99,8 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return _swiglu_run(*ctx.saved_tensors, gradients[0].contiguous())
+        gate, x = ctx.saved_tensors
+        return _swiglu_run(gate, x, gradients[0].contiguous())
 
 
 def _swiglu_run(gate: Tensor, x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,11 @@ def _walk(
         total = tl.sum(steps * rate, 0)
         at = i.to(tl.int64)
         xs = tl.load(x + at[:, None] * x_stride + h * P + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0)
-        bs = tl.load(b + at[:, None] * b_stride + (h // SHARED) * N + n[None, :], mask=real[:, None] & (n < N)[None, :], other=0.0)
+        bs = tl.load(
+            b + at[:, None] * b_stride + (h // SHARED) * N + n[None, :],
+            mask=real[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
         weight = tl.exp(cs) if REVERSE else tl.exp(total - cs) * steps
         weighted = (bs.to(tl.float32) * weight[:, None]).to(xs.dtype)
         state = tl.dot(tl.trans(weighted), xs, state * tl.exp(total), input_precision=DOT)
@@ -132,8 +136,12 @@ def _read(
         total = tl.sum(steps * rate, 0)
         far = i.to(tl.int64)[:, None]
         xs = tl.load(x + far * x_stride + h * P + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0)
-        bs = tl.load(b + far * b_stride + (h // SHARED) * N + n[None, :], mask=real[:, None] & (n < N)[None, :], other=0.0)
-        reads = tl.load(c + far * c_stride + (h // SHARED) * N + n[None, :], mask=real[:, None] & (n < N)[None, :], other=0.0)
+        bs = tl.load(
+            b + far * b_stride + (h // SHARED) * N + n[None, :], mask=real[:, None] & (n < N)[None, :], other=0.0
+        )
+        reads = tl.load(
+            c + far * c_stride + (h // SHARED) * N + n[None, :], mask=real[:, None] & (n < N)[None, :], other=0.0
+        )
         scores = tl.dot(reads, tl.trans(bs), input_precision=DOT)
         scores *= tl.exp(tl.where(j[:, None] >= j[None, :], cs[:, None] - cs[None, :], float("-inf"))) * steps[None, :]
         out = tl.dot(reads, state.to(xs.dtype), input_precision=DOT) * tl.exp(cs)[:, None]
@@ -234,7 +242,11 @@ def _writing(
         du = tl.dot((product * decay).to(xs.dtype), up, du, input_precision=DOT)
         along = tl.sum(du * wide, 1)
         wide_up = up.to(tl.float32)
-        tl.store(dx + far * (H * P) + h * P + p[None, :], (du * steps[:, None] + skip * wide_up).to(dx.dtype.element_ty), mask=mask)
+        tl.store(
+            dx + far * (H * P) + h * P + p[None, :],
+            (du * steps[:, None] + skip * wide_up).to(dx.dtype.element_ty),
+            mask=mask,
+        )
         dcs = tl.load(reads + h.to(tl.int64) * tokens + i, mask=real, other=0.0) - pull
         decays = last + tl.sum(dcs, 0) - tl.cumsum(dcs, 0) + dcs
         tl.store(ddt + h.to(tl.int64) * tokens + i, decays * rate + along, mask=real)
@@ -302,7 +314,15 @@ def _between(
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt_HT: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, initial: Tensor | None, *rest: Any
+        ctx: Any,
+        x: Tensor,
+        dt_HT: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        initial: Tensor | None,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
         """y_THP, and the states asked for: after each sequence, then after each kept token."""
         segments, keep, shape = rest
@@ -331,7 +351,11 @@ class _Scan(torch.autograd.Function):
         dy, dstates = gradients
         dy = torch.zeros_like(x) if dy is None else _dense(dy)
         rows = len(cuts.starts) - 1 + len(set(cuts.kept))
-        dstates = x.new_zeros(rows, *x.shape[1:], shape.size, dtype=torch.float32) if dstates is None else dstates.contiguous()
+        dstates = (
+            x.new_zeros(rows, *x.shape[1:], shape.size, dtype=torch.float32)
+            if dstates is None
+            else dstates.contiguous()
+        )
         into, dinitial = _between(shape, cuts, (dy, dt, a, c), None, dstates)
         before, after = (shape.empty(cuts.count, x.dtype, x) for _ in range(2))
         unused, fade = torch.empty_like(into), x.new_empty(cuts.pieces, shape.heads, dtype=torch.float32)
@@ -376,7 +400,7 @@ def ssd(
     keep: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.torch.ssd`: x, B and C in bfloat16 or float32; states, decays and all sums in float32."""
-    row, (heads, width), size = (x_THP, dt_TH, a_H, b_TGN, c_TGN, d_H), x_THP.shape[1:], b_TGN.shape[2]
+    row, width, size = (x_THP, dt_TH, a_H, b_TGN, c_TGN, d_H), x_THP.shape[2], b_TGN.shape[2]
     if not segments.tokens or not fits(*row, initial_SHPN) or max(width, size // 2) > 128:
         return vectorised.ssd(*row, segments, initial_SHPN, keep)
     x, b, c = (_dense(v.to(x_THP.dtype)) for v in (x_THP, b_TGN, c_TGN))
