@@ -70,7 +70,8 @@ def cut(lengths: tuple[int, ...], keep: tuple[int, ...], piece: int, chunk: int,
     flat = torch.tensor([value for values in lists for value in values], dtype=torch.int32)
     if device.type == "cuda":
         flat = flat.pin_memory()
-    parts: Any = flat.to(device, non_blocking=True).split([len(values) for values in lists])
+    parts = flat.to(device, non_blocking=True).split([len(values) for values in lists])
     empty = tuple(s for s, length in enumerate(lengths) if not length)
     single = len(begins) - 1 == len(lengths) - len(empty)
-    return Cuts(*parts, len(begins) - 1, len(spans), tuple(held[k] for k in keep), empty, single)
+    counted: Any = (len(begins) - 1, len(spans), tuple(held[k] for k in keep), empty, single)
+    return Cuts(*(*parts, *counted))
