@@ -38,7 +38,7 @@ def graphed(model, tokenizer, **settings):
 
 @pytest.mark.parametrize("form", ["native", "torch"])
 def test_answers_are_those_of_the_plain_path(model, tokenizer, form):
-    """Five sequences of unlike lengths in buckets of eight, some ending before others, blocks running out in between."""
+    """Five sequences of unlike lengths in buckets, some ending before others, blocks running out in between."""
     prompts = [[70 + i] * n for i, n in enumerate((1, 30, 7, 90, 2))]
     settings = [Sampling(max_tokens=n, ignore_eos=True) for n in (40, 3, 25, 12, 40)]
 

@@ -1,9 +1,9 @@
 """Decoding steps on a GPU as recorded graphs: the host sends three short rows and starts one graph a token.
 
-A step of 56 layers is some 500 launches; at one sequence they take longer than the arithmetic. A graph is recorded once
-for each bucket of sequences and of context (powers of two) and reads everything that changes from tensors of its own: ids,
-slots, lengths and block tables. Rows that fill up a bucket write to a slot and a block that belong to nobody. On a CPU the
-same step runs unrecorded, which is how it is tested. S sequences, V vocabulary.
+A step of 56 layers is hundreds of launches, and each costs the host microseconds. A graph is recorded once for each
+bucket of sequences and of context (powers of two) and reads everything that changes from tensors of its own: ids, slots,
+lengths and block tables. Rows that fill up a bucket write to a slot and a block that belong to nobody. On a CPU the same
+step runs unrecorded, which is how it is tested. S sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class _Step:
         self.sent[1], self.sent[2] = pool.slots, 0
         self.here = self.sent.to(device)
         self.table = torch.full((batch, width), pool.blocks, dtype=torch.int64, device=device)
-        self.layout = Layout(Segments.of([1] * batch, device), (1,) * batch, self.here[2], batch, self.here[1], self.table)
+        self.layout = Layout(
+            Segments.of([1] * batch, device), (1,) * batch, self.here[2], batch, self.here[1], self.table
+        )
         self.graph: Any = None
         if device.type == "cuda":
             self._record(memory)

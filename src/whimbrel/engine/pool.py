@@ -43,7 +43,9 @@ class Pool:
         """Version of the weights that computed what the pool holds."""
         self._slots = list(range(slots))  # a heap: the lowest goes first, so that an idle pool is like a new one
         self._blocks = set(range(count))
-        self._table = torch.full((slots + spare, max(count, 1)), count if spare else 0, dtype=torch.int64, device=device)
+        self._table = torch.full(
+            (slots + spare, max(count, 1)), count if spare else 0, dtype=torch.int64, device=device
+        )
         self._device = device
         self._rows: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, dtype=torch.int64, device=device))
         self.slots, self.blocks = slots, count
