@@ -204,8 +204,7 @@ def bench(
     device: Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a model reads prompts and decodes, its shares of what is possible, and where the time goes.
-    """
+    """Measure how fast a model reads prompts and decodes, its shares of what is possible, and where the time goes."""
     from whimbrel.engine import bench as measuring
 
     lengths, sizes = measuring.numbers(context, "context"), measuring.numbers(batch, "batch")

@@ -29,6 +29,7 @@ from whimbrel.train.measure import Log, Meter
 from whimbrel.train.memory import check_memory, peak_memory, training_bytes
 from whimbrel.train.objective import Batch, CrossEntropy, Objective
 from whimbrel.train.optimizer import OptimizerSettings, adamw, set_learning_rate
+from whimbrel.train.precision import Fp8, converted
 from whimbrel.train.recompute import recomputed
 from whimbrel.train.schedule import ScheduleSettings
 from whimbrel.train.step import NotFinite, accumulate, train_step
@@ -57,6 +58,8 @@ class TrainSettings:
     """Largest norm of the gradient; 0 does not clip."""
     precision: str = "auto"
     """`float32`, `bfloat16` (autocast over float32 weights; GPU only), or `auto`: the best that works."""
+    fp8: Fp8 = field(default_factory=Fp8)
+    """Linear layers whose products run in 8 bits (train/precision.py)."""
     recompute: bool = False
     """Activation checkpointing: less memory, about a third more time."""
     threads: int = 0
@@ -126,6 +129,7 @@ def train(
     optimizer = adamw(model, settings.optimizer)
     checkpoints = folder / "checkpoints"
     with stop_politely() as wish, recomputed(model, settings.recompute), ExitStack() as stack:
+        stack.enter_context(converted(model, settings.fp8))
         state = _begin(settings, precision, objective, source, model, checkpoints, report)
         stack.enter_context(threads.using(state.threads))
         figures = state.figures

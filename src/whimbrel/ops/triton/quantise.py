@@ -1,4 +1,4 @@
-"""Casts to FP8 (E4M3) in one pass over the numbers: with a scale for each 1 x 128 block, or with one given scale.
+"""Casts to FP8 in one pass over the numbers: with a scale for each 1 x 128 block, or with one given scale.
 
 With `RELU2` the squared ReLU comes first, so that the wide hidden row of a feed-forward layer is written once, in 8 bits.
 T rows, D columns.
@@ -34,13 +34,13 @@ def _blocks(x, codes, scales, rows, stride, D: tl.constexpr, R: tl.constexpr, RE
 
 
 @triton.jit
-def _whole(x, inverse, codes, count, RELU2: tl.constexpr, BLOCK: tl.constexpr):
+def _whole(x, inverse, codes, count, MOST: tl.constexpr, RELU2: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
     if RELU2:
         v = tl.maximum(v, 0.0)
         v = v * v
-    v = tl.minimum(tl.maximum(v * tl.load(inverse), -448.0), 448.0)
+    v = tl.minimum(tl.maximum(v * tl.load(inverse), -MOST), MOST)
     tl.store(codes + i, v.to(codes.dtype.element_ty), mask=i < count)
 
 
@@ -56,12 +56,14 @@ def by_blocks(x_TD: Tensor, relu2: bool = False) -> tuple[Tensor, Tensor]:
     return codes, scales.t()
 
 
-def by_tensor(x_TD: Tensor, scale: Tensor, relu2: bool = False) -> Tensor:
-    """codes in E4M3 of x / scale (a float32 scalar on the device); what is too large is clamped."""
+def by_tensor(x_TD: Tensor, scale: Tensor, relu2: bool = False, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """codes of x / scale (a float32 scalar on the device) in E4M3 or E5M2; what is too large is clamped."""
     x, count = x_TD.contiguous(), x_TD.numel()
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     if count:
-        _whole[(cdiv(count, 4096),)](x, scale.reciprocal(), codes, count, RELU2=relu2, BLOCK=4096, num_warps=8)
+        _whole[(cdiv(count, 4096),)](
+            x, scale.reciprocal(), codes, count, MOST=torch.finfo(dtype).max, RELU2=relu2, BLOCK=4096, num_warps=8
+        )
     return codes
 
 
