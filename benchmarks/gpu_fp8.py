@@ -1,4 +1,4 @@
-"""FP8 on the device: noise of a layer in each recipe, whether our assertions agree with what is refused, loss curves."""
+"""FP8 on the device: noise of a layer in each recipe, whether our assertions agree with what it refuses, losses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def noise(place: Any) -> Iterator[dict[str, Any]]:
 
 
 def layouts(place: Any) -> Iterator[dict[str, Any]]:
-    """Which products are native; and operands that break one rule each: what we refuse, the device should refuse too."""
+    """Which products are native; and operands that break one rule each: each should be refused by both."""
     for kind_a, kind_b, dtype in KINDS:
         said = precision.native(place.device, kind_a, kind_b, dtype, E4M3)
         yield {

@@ -4,8 +4,8 @@
     python benchmarks/gpu_measure.py --out results.jsonl --dry-run        # tiny shapes on a CPU, kernels interpreted
 
 Each row is a process of its own with a limit of time; what it finds is appended to --out as it comes (JSON lines: row,
-figures, floor, share of the floor, seconds), and a table is printed last. If the check fails, operations that failed are
-named and nothing is timed. Weights are random and made on the device; depths are filled with random numbers, not read.
+figures, floor, share of the floor), and a table is printed last. If the check fails, what failed is named and nothing
+is timed. Weights are random and made on the device; depths are filled with random numbers, not read.
 A dry run proves that the script runs; its figures mean nothing and say so.
 """
 
@@ -146,7 +146,7 @@ def decode(place: Place) -> Iterator[Record]:
 
 
 def peers(place: Place) -> Iterator[Record]:
-    """Hybrid beside dense in the same engine: output tokens/s at three shapes of work, under a cap and on the whole card.
+    """Hybrid beside dense in the same engine: output tokens/s at three shapes of work, capped and on the whole card.
 
     The batch is the largest that `plan` admits, whole contexts reserved or paged on demand. Seconds of a request: its
     share of reading the prompt, and its tokens at the mean depth, timed as one step of that batch there.
@@ -300,7 +300,7 @@ def train(place: Place) -> Iterator[Record]:
 
 
 def scan(place: Place) -> Iterator[Record]:
-    """The scan, forward, and forward and backward, against max(bytes / bandwidth, operations / peak) of the chunked form."""
+    """The scan, forward, and forward and backward, against max(bytes / bandwidth, operations / peak)."""
     import torch
     from gpu_check import scan_inputs
 
@@ -340,8 +340,8 @@ def scan(place: Place) -> Iterator[Record]:
 
 
 def fp8(place: Place) -> Iterator[Record]:
-    """Each FP8 recipe: signal to noise of a layer, whether what our assertions refuse is what the device refuses, and the
-    losses of a small hybrid beside bfloat16's.
+    """Each FP8 recipe: signal to noise of a layer, whether our assertions refuse what the device refuses, and the losses of a
+    small hybrid beside bfloat16's.
     """
     from gpu_fp8 import curves, layouts, noise
 

@@ -60,18 +60,33 @@ def test_the_native_product_is_that_of_the_widened_operands():
         torch.testing.assert_close(product(a, b).float(), a.wide() @ b.wide().t(), rtol=7e-2, atol=7e-2)
 
 
+def recoded(v, dtype):
+    return Scaled(v.codes.float().to(dtype), v.scale, v.kind)
+
+
+def across(v):
+    return Scaled(v.codes.view(torch.uint8).t().contiguous().t().view(E4M3), v.scale, v.kind)
+
+
+def rows(count, width=64, kind="tensor"):
+    return quantise(normal(count, width), kind)
+
+
+def spread(v):
+    return Scaled(v.codes, v.scale.repeat(1, 2)[:, :2], v.kind)
+
+
 @pytest.mark.parametrize("change, words", [
-    (lambda a, b: (a, quantise(normal(40, 64), "tensor")), "40 columns"),
-    (lambda a, b: (quantise(normal(4, 72), "tensor"), quantise(normal(48, 72), "tensor")), "72 summed"),
-    (lambda a, b: (Scaled(a.codes.view(torch.uint8).t().contiguous().t().view(E4M3), a.scale, a.kind), b), "row by row"),
-    (lambda a, b: (Scaled(a.codes.to(torch.float32).to(E5M2), a.scale, a.kind), Scaled(b.codes.float().to(E5M2), b.scale, b.kind)), "E4M3"),
-    (lambda a, b: (a, quantise(normal(48, 64), "row")), "no mode"),
+    (lambda a, b: (a, rows(40)), "40 columns"),
+    (lambda a, b: (rows(4, 72), rows(48, 72)), "72 summed"),
+    (lambda a, b: (across(a), b), "row by row"),
+    (lambda a, b: (recoded(a, E5M2), recoded(b, E5M2)), "E4M3"),
+    (lambda a, b: (a, rows(48, kind="row")), "no mode"),
     (lambda a, b: (a, Scaled(b.codes, b.scale.double(), b.kind)), "float32"),
-    (lambda a, b: (quantise(normal(32, 64), "block"), Scaled(quantise(normal(48, 64), "block").codes,
-                   quantise(normal(48, 64), "block").scale.repeat(1, 2)[:, :2], "block")), "scales are"),
+    (lambda a, b: (rows(32, kind="block"), spread(rows(48, kind="block"))), "scales are"),
 ])  # fmt: skip
 def test_what_cuda_refuses_is_refused_everywhere(change, words):
-    a, b = quantise(normal(32, 64), "tensor"), quantise(normal(48, 64), "tensor")
+    a, b = rows(32), rows(48)
     check_layout(a, b)
     with pytest.raises(AssertionError, match=words):
         check_layout(*change(a, b))

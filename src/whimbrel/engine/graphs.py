@@ -1,9 +1,9 @@
 """Decoding steps on a GPU as recorded graphs: the host sends three short rows and starts one graph a token.
 
 A step of 56 layers is hundreds of launches, and each costs the host microseconds. A graph is recorded once for each
-bucket of sequences and of context (powers of two) and reads everything that changes from tensors of its own: ids, slots,
-lengths and block tables. Rows that fill up a bucket write to a slot and a block that belong to nobody. On a CPU the same
-step runs unrecorded, which is how it is tested. S sequences, V vocabulary.
+bucket of sequences and of context (powers of two) and reads everything that changes from tensors of its own: ids,
+slots, lengths and block tables. Rows that fill up a bucket write to a slot and a block that belong to nobody. On a CPU
+the same step runs unrecorded, which is how it is tested. S sequences, V vocabulary.
 """
 
 from __future__ import annotations
