@@ -208,17 +208,18 @@ def bench(
     ],
     context: Annotated[str, typer.Option(metavar="TOKENS,…", help="Lengths of prompts, and depths.")] = "512,4096",
     batch: Annotated[str, typer.Option(metavar="N,…", help="Sequences that decode together.")] = "1,4,16",
-    dtype: Annotated[str, typer.Option(help="Bits of the weights: float32, float16, int8 or int4.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Weights: float32, float16, int8, int4; GPU: float32, bfloat16.")
+    ] = "float32",
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 leaves the number to torch.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a model reads prompts and decodes on this CPU, its shares of what is possible, and where the
-    time goes.
-    """
+    """Measure how fast a model reads prompts and decodes, its shares of what is possible, and where the time goes."""
     from whimbrel.engine import bench as measuring
 
     lengths, sizes = measuring.numbers(context, "context"), measuring.numbers(batch, "batch")
-    found = measuring.run(model, lengths, sizes, dtype, threads, _display().event)
+    found = measuring.run(model, lengths, sizes, dtype, threads, _display().event, device)
     typer.echo(json.dumps(found, indent=2) if as_json else measuring.as_text(found))
 
 
@@ -395,7 +396,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:  # typer's word for Ctrl-C
         print("whimbrel: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
     return code if isinstance(code, int) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

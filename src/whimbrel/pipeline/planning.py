@@ -40,7 +40,8 @@ def run(
     """The plan for a model in the user's words.
 
     `memory` and `reserve` are sizes such as 22GiB; `bandwidth` a rate such as 600GB/s, measured on this machine's GPU
-    or CPU if None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read and for an unknown model.
+    or CPU if None; `peak` such as 150TFLOP/s, measured on a GPU if None. Raises UserError for what cannot be read and
+    for an unknown model.
     """
     config = find(model)
     size = parse_bytes(memory, "memory")
@@ -54,7 +55,7 @@ def run(
         batch=batch,
         dtype=dtype,
         bandwidth=speed,
-        peak=None if peak is None else parse_flops(peak),
+        peak=_peak() if peak is None else parse_flops(peak),
         reserve=0 if reserve is None else parse_bytes(reserve, "reserve"),
         name=model,
     )
@@ -93,6 +94,11 @@ def train(
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _peak() -> float | None:
+    """Measured where a GPU would serve; on a CPU a plan has no floor for prompts unless `peak` is given."""
+    return machine.matmul_peak("cuda") if torch.cuda.is_available() else None
 
 
 def find(model: str) -> ModelConfig:

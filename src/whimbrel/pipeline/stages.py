@@ -37,15 +37,8 @@ class Stage:
 
 
 LOOP = (
-    "train.threads",
-    "train.recompute",
-    "train.parallel",
-    "train.asynchronous",
-    "train.validate_every",
-    "train.validate_batches",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.tensorboard",
+    *("train.threads", "train.recompute", "train.parallel", "train.validate_every", "train.validate_batches"),
+    *("train.checkpoint_every", "train.keep", "train.asynchronous", "train.tensorboard"),
 )
 """What is free wherever `train` is the loop's settings."""
 

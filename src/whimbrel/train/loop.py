@@ -27,11 +27,12 @@ from whimbrel.parallel.context import piece_of
 from whimbrel.parallel.mesh import ALONE
 from whimbrel.train import checkpointing, threads
 from whimbrel.train.checkpointing import Saver, TrainState
-from whimbrel.train.interrupt import Stopped, stop_politely
+from whimbrel.train.interrupt import Stopped, Wish, stop_politely
 from whimbrel.train.measure import Log, Meter, NoLog
 from whimbrel.train.memory import check_memory, peak_memory, training_bytes
 from whimbrel.train.objective import Batch, CrossEntropy, Objective
 from whimbrel.train.optimizer import OptimizerSettings, adamw, set_learning_rate
+from whimbrel.train.precision import Fp8, converted
 from whimbrel.train.schedule import ScheduleSettings
 from whimbrel.train.step import NotFinite, accumulate, train_step
 
@@ -62,6 +63,8 @@ class TrainSettings:
     """Largest norm of the gradient; 0 does not clip."""
     precision: str = "auto"
     """`float32`, `bfloat16` (autocast over float32 weights; GPU only), or `auto`: the best that works."""
+    fp8: Fp8 = field(default_factory=Fp8)
+    """Linear layers whose products run in 8 bits (train/precision.py)."""
     recompute: bool = False
     """Activation checkpointing: less memory, about a third more time."""
     threads: int = 0
@@ -135,8 +138,7 @@ def train(
     precision = settings.precision_on(model.device)
     checkpoints = folder / "checkpoints"
     with ExitStack() as stack:
-        wish = stack.enter_context(stop_politely())
-        share = stack.enter_context(applied(model, settings.parallel, recompute=settings.recompute))
+        wish, share = _enter(stack, settings, model)
         report = report if share.first else silent
         optimizer = adamw(model, settings.optimizer)
         state = _begin(settings, precision, objective, source, model, checkpoints, report)
@@ -177,6 +179,13 @@ def train(
                 if stop:
                     raise _stopped(saver, signal, step + 1, path)
     return figures | held_out | {"threads": state.threads, "peak_memory_bytes": peak_memory(model.device)}
+
+
+def _enter(stack: ExitStack, settings: TrainSettings, model: LanguageModel) -> tuple[Wish, Share]:
+    """What holds while a run lasts: signals are wishes, linear maps compute in FP8, the model lies on its processes."""
+    wish = stack.enter_context(stop_politely())
+    stack.enter_context(converted(model, settings.fp8))
+    return wish, stack.enter_context(applied(model, settings.parallel, recompute=settings.recompute))
 
 
 def _book(folder: Path, state: TrainState, settings: TrainSettings, share: Share, report: Report) -> Log | NoLog:

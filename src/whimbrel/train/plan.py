@@ -152,8 +152,8 @@ def plan(
     weights, largest = held_bytes(config, axes)
     small = local_config(config, axes.tensor)
     lengths, rest = [length] * (rows // axes.context), rows % axes.context * length // axes.context
-    kind = getattr(torch, precision)
-    kept = {on: activation_bytes(small, [*lengths, *[rest] * (rest > 0)], kind, on) for on in (True, False)}
+    shape = (small, [*lengths, *[rest] * (rest > 0)], getattr(torch, precision))
+    kept = {on: activation_bytes(*shape, on) for on in (True, False)}
     parts = {
         "weights_bytes": weights,
         "gradients_bytes": weights,
@@ -164,15 +164,15 @@ def plan(
         "reserve_bytes": reserve,
     }
     flops = count.flops_per_token(config, count.mean_context([length]) if settings.causal else length, training=True)
-    least = flops * tokens * settings.accumulate / (axes.processes * peak)
-    rate = tokens * settings.accumulate / least * settings.mfu
-    total = sum(parts.values())
+    step, total = tokens * settings.accumulate, sum(parts.values())
+    least = flops * step / (axes.processes * peak)
+    rate = step / least * settings.mfu
     return TrainingPlan(
         model=name,
         parameters=count.total(config),
         processes=axes.processes,
         axes=asdict(axes),
-        tokens_per_step=tokens * settings.accumulate,
+        tokens_per_step=step,
         memory=memory,
         other_activation_bytes=kept[not settings.recompute],
         total_bytes=total,
