@@ -76,7 +76,7 @@ const float* prepared(const Gemm& g, int64_t row, float* line) {
 
 // x: [block of inputs][tile][input][row]; a strip: [input][2 vectors].
 struct Floats {
-    static constexpr int64_t rows = 6, width = 2 * lanes, depth = 256;
+    static constexpr int64_t rows = lanes == 16 ? 12 : 6, width = 2 * lanes, depth = 256;
 
     const Matrix& m;
     int64_t all;  // rows of x in hand
