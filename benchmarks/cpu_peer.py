@@ -93,10 +93,8 @@ class Models:
     def ours(self, shape: str, dtype: str) -> LanguageModel:
         """The same weights in our engine."""
         folder = self.folder(shape)
-        if dtype == "float16":  # a folder of 16 bits would be read as float32
-            model = LanguageModel.load(folder)
-            pack_model(model, BITS[dtype])
-            return model
+        if dtype == "float16":
+            return LanguageModel.load(folder, dtype=dtype)
         if dtype in BITS:
             whole, folder = folder, self.cache / f"{shape}-{dtype}"
             if not folder.exists():
