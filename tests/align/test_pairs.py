@@ -60,7 +60,11 @@ def test_pairs_are_what_the_verifier_makes_of_the_answers(
     assert [(pair["prompt"], pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in found] == wanted
     assert 0 < len(wanted) < len(asked), "every prompt made a pair, or none: ties were not seen"
     assert all((pair["chosen_reward"], pair["rejected_reward"]) == (1.0, 0.0) for pair in found)
-    assert figures == {"pairs": len(wanted), "rated": rated, "reward": pytest.approx(total / (6 * len(asked)))}
+    own = [entry["messages"][-1]["content"] for entry in rows(out, "conversations")]
+    assert own == [entry["messages"][-1]["content"] for entry in rows(out, "rated")
+                   if entry["attributes"]["correctness"] == 4]  # fmt: skip
+    counts = {"pairs": len(wanted), "rated": rated, "conversations": len(own)}
+    assert figures == counts | {"reward": pytest.approx(total / (6 * len(asked)))}
 
 
 def test_a_pair_is_encoded_as_it_was_drawn(taught: dict[str, Path], made: tuple[Path, dict[str, Any]]) -> None:
