@@ -341,8 +341,8 @@ def scan(place: Place) -> Iterator[Record]:
 
 
 def fp8(place: Place) -> Iterator[Record]:
-    """Each FP8 recipe: signal to noise of a layer, whether our assertions refuse what the device refuses, and the losses
-    of a small hybrid beside bfloat16's.
+    """Each FP8 recipe: signal to noise of a layer, whether our assertions refuse what the device refuses, and the
+    losses of a small hybrid beside bfloat16's.
     """
     from gpu_fp8 import curves, layouts, noise
 
