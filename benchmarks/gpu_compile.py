@@ -1,6 +1,6 @@
 """Compile kernels for an H200 (sm_90) without a GPU; print what ptxas says: registers, shared memory, spills.
 
-Run: python benchmarks/gpu_compile.py [scan,steps,rows]. Nothing is launched: the driver is replaced by one that only names the target.
+Run: python benchmarks/gpu_compile.py [scan,steps,rows]. Nothing is launched: the driver is one that only names the target.
 """
 
 from __future__ import annotations
