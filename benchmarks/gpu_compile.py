@@ -1,6 +1,6 @@
 """Compile kernels for an H200 (sm_90) without a GPU; print what ptxas says: registers, shared memory, spills.
 
-Run: python benchmarks/gpu_compile.py [scan,steps,rows]. Nothing is launched: the driver is one that only names the target.
+Run: python benchmarks/gpu_compile.py [scan,steps,rows]. Nothing is launched: the driver only names the target.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def compile_only() -> None:
         }
         compiled.append(found)
         print(
-            f"{found['kernel']:<24} {found['settings']:<70} registers {found['registers']:>4} shared {found['shared']:>7}"
-            f" spills {found['spills']:>5}",
+            f"{found['kernel']:<24} {found['settings']:<70} registers {found['registers']:>4}"
+            f" shared {found['shared']:>7} spills {found['spills']:>5}",
             flush=True,
         )
         return kernel

@@ -18,14 +18,22 @@ def script(name, *words):
     return subprocess.run(command, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
 
 
-def test_a_row_that_fails_leaves_the_others_and_a_dry_run_says_so(tmp_path):
-    """Without time for a second row, the first one's figures are there and the second is named."""
+def test_what_a_row_found_before_it_failed_is_kept(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_measure
+
+    def fails(place):
+        yield {"what": "first", "share": 0.5}
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(gpu_measure.ROWS, "fails", (fails, 10))
     out = tmp_path / "results.jsonl"
-    done = script("gpu_measure.py", "--out", out, "--dry-run", "--rows", "ceilings,decode", "--seconds", 15.5)
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert done.returncode == 1 and "FAILED decode: no time left" in done.stdout, done.stdout + done.stderr
-    assert records[0]["row"] == "machine" and all(record["dry"] for record in records)
-    assert {record["row"] for record in records[1:]} <= {"ceilings"} and "DRY" in done.stdout
+    with pytest.raises(RuntimeError):
+        gpu_measure.child("fails", gpu_measure.Place(dry=True), out)
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    assert first == {"row": "fails", "dry": True, "what": "first", "share": 0.5}
+    assert "out of memory" in second["failed"]
+    assert "DRY what=first share=50.0%" in gpu_measure.table(out)
 
 
 @pytest.mark.slow
@@ -38,7 +46,7 @@ def test_every_row_runs_in_a_dry_run(tmp_path):
     import gpu_measure
 
     assert {record["row"] for record in records} == {"machine", *gpu_measure.ROWS}
-    assert not [record for record in records if "failed" in record and record["failed"]]
+    assert not [record for record in records if record.get("failed")]
 
 
 @pytest.mark.slow
