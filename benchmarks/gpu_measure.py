@@ -256,11 +256,12 @@ def trainer(
     place: Place, config: Any, tokens: int, documents: int, recompute: bool, fp8: str = "none", ends: int = 4
 ) -> Any:
     """One step of training as a function, the model, and its row of tokens."""
+    from whimbrel.train.recompute import recomputed
+
     from whimbrel.model import LanguageModel
     from whimbrel.train.objective import CrossEntropy
     from whimbrel.train.optimizer import OptimizerSettings, adamw
     from whimbrel.train.precision import Fp8, converted
-    from whimbrel.train.recompute import recomputed
     from whimbrel.train.step import train_step
 
     model = LanguageModel(config, device=place.device).initialise(0)

@@ -18,8 +18,10 @@
     }
 
 DECLARE(baseline)
-#ifdef WHIMBREL_X86
+#ifdef WHIMBREL_AVX2
 DECLARE(avx2)
+#endif
+#ifdef WHIMBREL_AVX512
 DECLARE(avx512)
 #endif
 
@@ -45,9 +47,12 @@ struct Form {
          whimbrel::isa::gemm, whimbrel::isa::linear, whimbrel::isa::decode}
 
 const Form forms[] = {
-#ifdef WHIMBREL_X86
+#ifdef WHIMBREL_AVX512
     FORM(avx512, [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"); }),
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
+#endif
+#ifdef WHIMBREL_AVX2
     FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
 #endif
     FORM(baseline, [] { return true; }),

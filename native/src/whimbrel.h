@@ -24,7 +24,7 @@ struct Scan {
     int64_t x_stride, b_stride, c_stride;
 };
 
-// Gradients of a scan; da, dd are [S, H], one row a sequence. dfinal and dkept may be null (zeros), dinitial too (not wanted).
+// Gradients of a scan, which need no y, final or kept; da, dd are [S, H], one row a sequence. dfinal and dkept may be null (zeros), dinitial too (not wanted).
 struct ScanGradients {
     const float *dy, *dfinal, *dkept;
     float *dx, *ddt, *da, *db, *dc, *dd, *dinitial;

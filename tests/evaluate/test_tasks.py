@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from whimbrel.errors import UserError
-from whimbrel.evaluate.tasks import ASK, TaskSettings, read
+from whimbrel.evaluate.tasks import TaskSettings, read
 from whimbrel.verify import judge
+from whimbrel.verify.math import ASK
 
 BENCHMARKS = Path(os.environ.get("WHIMBREL_BENCHMARKS", Path(__file__).parents[3] / "shared" / "benchmarks"))
 ROWS: dict[str, tuple[str, Any]] = {

@@ -15,6 +15,7 @@ from whimbrel import cli, config
 from whimbrel.engine import Sampling
 from whimbrel.pipeline import recipe, single
 from whimbrel.pipeline.stages import STAGES
+from whimbrel.train.plan import TrainingPlanSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
@@ -59,7 +60,7 @@ def check(line: str) -> None:
     elif words[0] in STAGES and overrides:
         single._settings(words[0], None, overrides)
     elif overrides:
-        config.load(Sampling, None, overrides)
+        config.load(TrainingPlanSettings if words[0] == "plan" else Sampling, None, overrides)
 
 
 def found() -> list[tuple[str, str]]:

@@ -18,9 +18,7 @@ from pydantic import Field
 from whimbrel.config import Settings
 from whimbrel.errors import UserError, nearest
 from whimbrel.verify import known
-
-ASK = "\n\nThink step by step, and write the final answer as \\boxed{}."
-"""What follows a mathematical problem; the box is empty, so that repeating the prompt answers nothing."""
+from whimbrel.verify.math import ASK
 
 
 class TaskSettings(Settings):

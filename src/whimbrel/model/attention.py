@@ -37,7 +37,8 @@ class Attention(nn.Module):
         """
         q_THE, k_TKE, v_TKE = self._project(x_TD, layout)
         if state is None:
-            y_THE = ops.attention(q_THE, k_TKE, v_TKE, layout.segments, layout.segments)
+            k_UKE, v_UKE, keys = layout.exchange.keys(k_TKE, v_TKE, layout.segments)
+            y_THE = ops.attention(q_THE, k_UKE, v_UKE, layout.segments, keys)
         else:
             y_THE = _cached(q_THE, k_TKE, v_TKE, layout, state, layer)
         return self.o_proj(y_THE.flatten(1))

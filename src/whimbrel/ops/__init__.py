@@ -17,7 +17,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from whimbrel.ops import cpu, reference
+from whimbrel.ops import cpu, reference, split
 from whimbrel.ops import torch as vectorised
 from whimbrel.ops.segments import Segments
 
@@ -70,6 +70,8 @@ def using(form: str) -> Iterator[None]:
 
 def _operation(name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1 and isinstance(args[1], split.SplitVocabulary):
+            return getattr(split, name)(*args, **kwargs)
         if args[0].is_cuda and _preferred[0] == "cpu" and (kernel := getattr(gpu()[0], name, None)) is not None:
             return kernel(*args, **kwargs)
         for form in _preferred:

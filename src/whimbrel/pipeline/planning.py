@@ -6,10 +6,12 @@ a hub id, looked for in this order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from whimbrel.config import load
 from whimbrel.engine.plan import Plan, plan
 from whimbrel.errors import UserError, nearest
 from whimbrel.model import checkpoint, fetch
@@ -18,6 +20,8 @@ from whimbrel.model.presets import PRESETS
 from whimbrel.ops import machine
 from whimbrel.pipeline import recipe as recipes
 from whimbrel.text.tokenizer import Tokenizer
+from whimbrel.train.plan import TrainingPlan, TrainingPlanSettings
+from whimbrel.train.plan import plan as plan_training
 from whimbrel.train.stages import PretrainSettings, model_config
 from whimbrel.units import parse_bandwidth, parse_bytes, parse_flops
 
@@ -52,6 +56,37 @@ def run(
         dtype=dtype,
         bandwidth=speed,
         peak=_peak() if peak is None else parse_flops(peak),
+        reserve=0 if reserve is None else parse_bytes(reserve, "reserve"),
+        name=model,
+    )
+
+
+def train(
+    model: str,
+    memory: str,
+    context: int,
+    overrides: Sequence[str],
+    *,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    peak: str | None = None,
+    reserve: str | None = None,
+) -> TrainingPlan:
+    """The plan to train a model on rows of `context` tokens, `batch` of them a micro-batch; `overrides` are settings
+    of `train.plan.TrainingPlanSettings`. `peak` is measured here if None.
+    """
+    precision = dtype if dtype in ("float32", "bfloat16") else ""
+    if not precision:
+        raise UserError(f"dtype is {dtype}; set dtype to bfloat16 or float32 to train")
+    device = torch.device(_device())
+    return plan_training(
+        find(model),
+        load(TrainingPlanSettings, None, overrides),
+        length=context,
+        rows=batch,
+        memory=parse_bytes(memory, "memory"),
+        peak=machine.matmul_peak(device, getattr(torch, dtype)) if peak is None else parse_flops(peak),
+        precision=precision,
         reserve=0 if reserve is None else parse_bytes(reserve, "reserve"),
         name=model,
     )

@@ -1,9 +1,9 @@
 """Linear layers that multiply in FP8, forward and backward, over master weights of more bits; no Transformer Engine.
 
-Three recipes, as published. `tensorwise`: one scale a tensor from its present largest value, E4M3 forward and E5M2 for
-gradients (Nemotron-H, arXiv 2504.03624, section 2.4). `rowwise`: a power of two for each row, E4M3. `blockwise`: E4M3,
-1 x 128 for activations and gradients, 128 x 128 for weights (Nano 2, arXiv 2508.14444), the last block filled with
-zeros. The first and last layers stay as they are, and so does each with a side below 128 or not a multiple of 16.
+Three recipes, as published: `tensorwise`, one scale a tensor from its present largest value, E4M3 forward and E5M2 for
+gradients (Nemotron-H, arXiv 2504.03624, section 2.4); `rowwise`, a power of two for each row, E4M3; `blockwise`, 1 x
+128 for activations and gradients and 128 x 128 for weights, E4M3 (Nano 2, arXiv 2508.14444), the last block filled up
+with zeros. The first and last layers stay as they are, and every layer with a side below 128 or no multiple of 16.
 
 Products run in `torch._scaled_mm` where the device has the mode, else their operands are widened and multiplied (the
 same numbers). What CUDA asks of layout and alignment is asserted everywhere: a CPU would take more. T tokens, I inputs,
@@ -44,7 +44,8 @@ class Fp8:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise UserError(
-                f"train.fp8.recipe is {self.recipe!r}; {nearest(self.recipe, RECIPES)} (set it to tensorwise, say)"
+                f"train.fp8.recipe is {self.recipe!r}; {nearest(self.recipe, RECIPES)}; "
+                "set train.fp8.recipe to tensorwise"
             )
         if self.ends < 0:
             raise UserError(f"train.fp8.ends is {self.ends}; set train.fp8.ends to 0 or more, for example 4")
