@@ -1,7 +1,7 @@
 """Find launch settings on the GPU at hand and save them as its table (`ops/triton/tables`).
 
-Run: python benchmarks/gpu_tune.py [--seconds 120] [--out FILE]. Each kernel is timed at the shapes of the 8B, 9B and 56B
-over a small grid of settings; one that does not compile or does not fit is skipped. The best replace those in the table.
+Run: python benchmarks/gpu_tune.py [--seconds 120] [--out FILE]. Each kernel is timed at the shapes of the 8B, 9B, 56B
+over a small grid of settings; one that does not compile or fit is skipped. The best replace those in the table.
 """
 
 from __future__ import annotations
