@@ -341,9 +341,7 @@ def scan(place: Place) -> Iterator[Record]:
 
 
 def fp8(place: Place) -> Iterator[Record]:
-    """Each FP8 recipe: signal to noise of a layer, whether our assertions refuse what the device refuses, and the
-    losses of a small hybrid beside bfloat16's.
-    """
+    """Each FP8 recipe: noise of a layer, whether we refuse what the device refuses, losses of a small hybrid."""
     from gpu_fp8 import curves, layouts, noise
 
     yield from noise(place)

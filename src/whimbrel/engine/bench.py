@@ -132,8 +132,9 @@ class Task:
     def _layout(self, lengths: list[int], past: int) -> Layout:
         mine, tokens = slice(len(lengths)), sum(lengths)
         rows = None if len(lengths) == tokens else torch.tensor([tokens - 1], device=self.device)
-        slots, table = self.slots_S[mine], self.table[mine]
-        return Layout.of(lengths, [past] * len(lengths), slots=slots, block_table=table, rows=rows, device=self.device)
+        slots_S, table = self.slots_S[mine], self.table[mine]
+        pasts = [past] * len(lengths)
+        return Layout.of(lengths, pasts, slots=slots_S, block_table=table, rows=rows, device=self.device)
 
     @torch.inference_mode()
     def _step(self, tokens_T: Tensor, layout: Layout) -> Tensor:
