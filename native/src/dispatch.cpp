@@ -12,6 +12,7 @@
     void conv_backward(const Conv&, const ConvGradients&, int);                   \
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
+    void relu2(const Relu2&, int);                                                \
     void gemm(const Gemm&, int);                                                  \
     void linear(const Linear&, int);                                              \
     void decode(const Decode&, int);                                              \
@@ -34,6 +35,7 @@ struct Form {
     void (*conv_backward)(const Conv&, const ConvGradients&, int);
     void (*gated_norm_forward)(const GatedNorm&, int);
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
+    void (*relu2)(const Relu2&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*decode)(const Decode&, int);
@@ -42,7 +44,7 @@ struct Form {
 #define FORM(isa, here)                                                                                           \
     Form{#isa, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,      \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::gemm, whimbrel::isa::linear, whimbrel::isa::decode}
+         whimbrel::isa::relu2, whimbrel::isa::gemm, whimbrel::isa::linear, whimbrel::isa::decode}
 
 const Form forms[] = {
 #ifdef WHIMBREL_X86
@@ -90,6 +92,8 @@ void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads) { now->gate
 void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads) {
     now->gated_norm_backward(*norm, *gradients, threads);
 }
+
+void whimbrel_relu2(const Relu2* relu2, int threads) { now->relu2(*relu2, threads); }
 
 void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 
