@@ -19,6 +19,7 @@
     void conv_backward(const Conv&, const ConvGradients&, int);                   \
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
+    void relu2(const Relu2&, int);                                                \
     }                                                                             \
     DECLARE_PRODUCTS(isa)
 
@@ -42,6 +43,7 @@ struct Form {
     void (*conv_backward)(const Conv&, const ConvGradients&, int);
     void (*gated_norm_forward)(const GatedNorm&, int);
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
+    void (*relu2)(const Relu2&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*decode)(const Decode&, int);
@@ -50,7 +52,7 @@ struct Form {
 #define FORM(name, isa, products, here)                                                                       \
     Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
+         whimbrel::isa::relu2, whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
 
 #ifdef WHIMBREL_AVX512
 bool wide() {
@@ -107,6 +109,8 @@ void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads) { now->gate
 void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads) {
     now->gated_norm_backward(*norm, *gradients, threads);
 }
+
+void whimbrel_relu2(const Relu2* relu2, int threads) { now->relu2(*relu2, threads); }
 
 void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 
