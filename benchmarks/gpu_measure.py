@@ -4,9 +4,9 @@
     python benchmarks/gpu_measure.py --out results.jsonl --dry-run        # tiny shapes on a CPU, kernels interpreted
 
 Each row is a process of its own with a limit of time; what it finds is appended to --out as it comes (JSON lines: row,
-figures, floor, share of the floor), and a table is printed last. If the check fails, what failed is named and nothing
-is timed. Weights are random and made on the device; depths are filled with random numbers, not read.
-A dry run proves that the script runs; its figures mean nothing and say so.
+figures, floor, share of the floor), and a table is printed last. An operation that fails the check is named, and runs
+in torch's form in every row after it. Weights are random and made on the device; depths are filled with random numbers,
+not read. A dry run proves that the script runs; its figures mean nothing and say so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -384,8 +384,8 @@ ROWS: dict[str, tuple[Callable[[Place], Iterator[Record]], float]] = {
 """Row -> what runs it, and the seconds it may take."""
 
 
-def child(name: str, place: Place, out: Path) -> int:
-    """Run one row here; each record is on disk before the next begins."""
+def child(name: str, place: Place, out: Path, without: Sequence[str] = ()) -> int:
+    """Run one row here; each record is on disk before the next begins. Operations `without` run in torch's form."""
     import torch
 
     torch.manual_seed(0)
@@ -399,12 +399,17 @@ def child(name: str, place: Place, out: Path) -> int:
         context: Any = ops.using("triton")
     else:
         context = torch.inference_mode(False)
-    good = True
+    if without:
+        from whimbrel import ops
+
+        for operation in without:
+            setattr(ops.gpu()[0], operation, getattr(ops.vectorised, operation))
+    good, note = True, {"without": list(without)} if without else {}
     with context, out.open("a", encoding="utf-8") as file:
         try:
             for record in ROWS[name][0](place):
                 good = good and record.get("ok", True)
-                file.write(json.dumps({"row": name, "dry": place.dry} | record, default=str) + "\n")
+                file.write(json.dumps({"row": name, "dry": place.dry} | note | record, default=str) + "\n")
                 file.flush()
         except Exception as fault:
             file.write(
@@ -416,7 +421,7 @@ def child(name: str, place: Place, out: Path) -> int:
 
 def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
     """Run rows one after another within the budget, then print what they found."""
-    begin, bad = time.perf_counter(), []
+    begin, bad, without = time.perf_counter(), [], []
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if place.dry else {})
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
@@ -427,6 +432,7 @@ def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
             bad.append(f"{name}: no time left")
             continue
         command = [sys.executable, __file__, "--row", name, "--out", str(out), *(["--dry-run"] if place.dry else [])]
+        command += ["--without", ",".join(without)] if without else []
         try:
             limit = left if place.dry else min(left, ROWS[name][1])
             code = subprocess.run(command, env=environment, timeout=limit).returncode
@@ -435,11 +441,30 @@ def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
         if code:
             bad.append(f"{name}: ended with {code}")
         if name == "check" and code:
-            bad.append("nothing was timed, since the check failed")
-            break
+            without = wrong(out)
+            bad.append(f"in torch's form from here on: {', '.join(without)}")
     print(table(out))
     print("\n".join(f"FAILED {text}" for text in bad) or "every row ran")
     return 1 if bad else 0
+
+
+STEPS, KERNELS = (
+    ["conv_step", "ssd_step", "paged_attention"],
+    {"scan": ["ssd"], "cross_entropy": ["cross_entropy", "log_prob"]},
+)
+
+
+def wrong(out: Path) -> list[str]:
+    """Operations that the last check found wrong; all of them if it did not come to an end."""
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    checks = [record["failed"] for record in records if record["row"] == "check"]
+    if not checks or not isinstance(checks[-1], dict):
+        from whimbrel import ops
+
+        return [name for name in getattr(ops.gpu()[0], "__all__", []) if hasattr(ops.vectorised, name)]
+    first = {label.split(" ")[0] for label in checks[-1]}
+    names = [name for word in sorted(first) for name in (STEPS if word == "steps" else KERNELS.get(word, [word]))]
+    return list(dict.fromkeys(names))
 
 
 def machine(place: Place) -> Record:
@@ -477,10 +502,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--row")
+    parser.add_argument("--without", default="")
     said = parser.parse_args()
     place = Place(said.dry_run)
     if said.row:
-        return child(said.row, place, said.out)
+        return child(said.row, place, said.out, [word for word in said.without.split(",") if word])
     names = said.rows.split(",")
     if unknown := set(names) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")
