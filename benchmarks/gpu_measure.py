@@ -100,6 +100,41 @@ def capped(place: Place, limit: float) -> Iterator[None]:
     yield
 
 
+def fitting(place: Place, model: Any, context: int, batch: int) -> Any:
+    """A step of decoding of so many sequences, or of as many as fit: a tenth fewer at each try."""
+    import torch
+
+    from whimbrel.engine import bench
+
+    while True:
+        try:
+            task = bench.Task(model, context, batch)
+            task.decode()
+            return task
+        except torch.OutOfMemoryError:
+            task, batch = None, batch * 9 // 10
+            torch.cuda.empty_cache()
+            if not batch:
+                raise
+
+
+def reading(place: Place, model: Any, tokens: int) -> float:
+    """Seconds to read one prompt, in the longest chunks that fit."""
+    import torch
+
+    from whimbrel.engine import bench
+
+    for chunk in (8192, 2048, 512):
+        try:
+            task = bench.Task(model, tokens, 1)
+            task.prompt = min(task.prompt, chunk)
+            return place.seconds(task.prefill, 0.5)
+        except torch.OutOfMemoryError:
+            task = None
+            torch.cuda.empty_cache()
+    raise MemoryError(f"a prompt of {tokens} tokens does not fit, even 512 at a time")
+
+
 def ceilings(place: Place) -> Iterator[Record]:
     """A copy (bytes read and written), a bfloat16 product on random numbers, and an FP8 product."""
     import torch
@@ -151,7 +186,6 @@ def peers(place: Place) -> Iterator[Record]:
     The batch is the largest that `plan` admits, whole contexts reserved or paged on demand. Seconds of a request: its
     share of reading the prompt, and its tokens at the mean depth, timed as one step of that batch there.
     """
-    from whimbrel.engine import bench
     from whimbrel.engine.plan import plan
     from whimbrel.model.presets import preset
 
@@ -169,11 +203,11 @@ def peers(place: Place) -> Iterator[Record]:
                         if not batch:
                             yield {"model": name, "cap": limit, "in": into, "out": out, "rule": rule, "batch": 0}
                             continue
-                        step = bench.Task(model, into + out // 2, batch)
-                        moved = step.bytes("decode")
+                        step = fitting(place, model, into + out // 2, batch)
+                        batch, moved = step.batch, step.bytes("decode")
                         floor, seconds = max(moved / bandwidth, 0.0), place.seconds(step.decode, 1.0)
                         del step
-                        prompt = place.seconds(bench.Task(model, into, 1).prefill, 0.5)
+                        prompt = reading(place, model, into)
                         rate = batch * out / (batch * prompt + out * seconds)
                         rates[name, rule] = rate, batch * out / (batch * (made.prefill_seconds or 0) + out * floor)
                         yield {"model": name, "cap": limit, "in": into, "out": out, "rule": rule, "batch": batch,
@@ -190,7 +224,6 @@ def peers(place: Place) -> Iterator[Record]:
 
 def long_prompts(place: Place) -> Iterator[Record]:
     """The 8B hybrid beside Llama-3.1-8B at 65,536 in and 1,024 out under 80 GB, prefill and decoding apart."""
-    from whimbrel.engine import bench
     from whimbrel.engine.plan import plan
     from whimbrel.model.presets import preset
 
@@ -202,10 +235,11 @@ def long_prompts(place: Place) -> Iterator[Record]:
             model = place.model(name)
             made = plan(preset(name), memory=int(80e9), context=into + out, bandwidth=bandwidth, peak=peak)
             batch = 2 if place.dry else min(64, made.largest_batch)
-            task = bench.Task(model, into, batch)
+            task = fitting(place, model, into, batch)
+            batch = task.batch
             moved, seconds = task.bytes("decode"), place.seconds(task.decode, 1.0)
             del task
-            prompt = place.seconds(bench.Task(model, into, 1).prefill, 0.5)
+            prompt = reading(place, model, into)
             floor = made.prefill_seconds or 0.0
             found[name] = (batch / seconds, into / prompt)
             yield {"model": name, "batch": batch, "decode_tokens_per_second": batch / seconds,
