@@ -4,9 +4,9 @@
     python benchmarks/gpu_measure.py --out results.jsonl --dry-run        # tiny shapes on a CPU, kernels interpreted
 
 Each row is a process of its own with a limit of time; what it finds is appended to --out as it comes (JSON lines: row,
-figures, floor, share of the floor), and a table is printed last. If the check fails, what failed is named and nothing
-is timed. Weights are random and made on the device; depths are filled with random numbers, not read.
-A dry run proves that the script runs; its figures mean nothing and say so.
+figures, floor, share of the floor), and a table is printed last. An operation that fails the check is named, and runs
+in torch's form in every row after it. Weights are random and made on the device; depths are filled with random numbers,
+not read. A dry run proves that the script runs; its figures mean nothing and say so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +100,41 @@ def capped(place: Place, limit: float) -> Iterator[None]:
     yield
 
 
+def fitting(place: Place, model: Any, context: int, batch: int) -> Any:
+    """A step of decoding of so many sequences, or of as many as fit: a tenth fewer at each try."""
+    import torch
+
+    from whimbrel.engine import bench
+
+    while True:
+        try:
+            task = bench.Task(model, context, batch)
+            task.decode()
+            return task
+        except torch.OutOfMemoryError:
+            task, batch = None, batch * 9 // 10
+            torch.cuda.empty_cache()
+            if not batch:
+                raise
+
+
+def reading(place: Place, model: Any, tokens: int) -> float:
+    """Seconds to read one prompt, in the longest chunks that fit."""
+    import torch
+
+    from whimbrel.engine import bench
+
+    for chunk in (8192, 2048, 512):
+        try:
+            task = bench.Task(model, tokens, 1)
+            task.prompt = min(task.prompt, chunk)
+            return place.seconds(task.prefill, 0.5)
+        except torch.OutOfMemoryError:
+            task = None
+            torch.cuda.empty_cache()
+    raise MemoryError(f"a prompt of {tokens} tokens does not fit, even 512 at a time")
+
+
 def ceilings(place: Place) -> Iterator[Record]:
     """A copy (bytes read and written), a bfloat16 product on random numbers, and an FP8 product."""
     import torch
@@ -151,7 +186,6 @@ def peers(place: Place) -> Iterator[Record]:
     The batch is the largest that `plan` admits, whole contexts reserved or paged on demand. Seconds of a request: its
     share of reading the prompt, and its tokens at the mean depth, timed as one step of that batch there.
     """
-    from whimbrel.engine import bench
     from whimbrel.engine.plan import plan
     from whimbrel.model.presets import preset
 
@@ -169,11 +203,11 @@ def peers(place: Place) -> Iterator[Record]:
                         if not batch:
                             yield {"model": name, "cap": limit, "in": into, "out": out, "rule": rule, "batch": 0}
                             continue
-                        step = bench.Task(model, into + out // 2, batch)
-                        moved = step.bytes("decode")
+                        step = fitting(place, model, into + out // 2, batch)
+                        batch, moved = step.batch, step.bytes("decode")
                         floor, seconds = max(moved / bandwidth, 0.0), place.seconds(step.decode, 1.0)
                         del step
-                        prompt = place.seconds(bench.Task(model, into, 1).prefill, 0.5)
+                        prompt = reading(place, model, into)
                         rate = batch * out / (batch * prompt + out * seconds)
                         rates[name, rule] = rate, batch * out / (batch * (made.prefill_seconds or 0) + out * floor)
                         yield {"model": name, "cap": limit, "in": into, "out": out, "rule": rule, "batch": batch,
@@ -190,7 +224,6 @@ def peers(place: Place) -> Iterator[Record]:
 
 def long_prompts(place: Place) -> Iterator[Record]:
     """The 8B hybrid beside Llama-3.1-8B at 65,536 in and 1,024 out under 80 GB, prefill and decoding apart."""
-    from whimbrel.engine import bench
     from whimbrel.engine.plan import plan
     from whimbrel.model.presets import preset
 
@@ -202,10 +235,11 @@ def long_prompts(place: Place) -> Iterator[Record]:
             model = place.model(name)
             made = plan(preset(name), memory=int(80e9), context=into + out, bandwidth=bandwidth, peak=peak)
             batch = 2 if place.dry else min(64, made.largest_batch)
-            task = bench.Task(model, into, batch)
+            task = fitting(place, model, into, batch)
+            batch = task.batch
             moved, seconds = task.bytes("decode"), place.seconds(task.decode, 1.0)
             del task
-            prompt = place.seconds(bench.Task(model, into, 1).prefill, 0.5)
+            prompt = reading(place, model, into)
             floor = made.prefill_seconds or 0.0
             found[name] = (batch / seconds, into / prompt)
             yield {"model": name, "batch": batch, "decode_tokens_per_second": batch / seconds,
@@ -384,8 +418,8 @@ ROWS: dict[str, tuple[Callable[[Place], Iterator[Record]], float]] = {
 """Row -> what runs it, and the seconds it may take."""
 
 
-def child(name: str, place: Place, out: Path) -> int:
-    """Run one row here; each record is on disk before the next begins."""
+def child(name: str, place: Place, out: Path, without: Sequence[str] = ()) -> int:
+    """Run one row here; each record is on disk before the next begins. Operations `without` run in torch's form."""
     import torch
 
     torch.manual_seed(0)
@@ -399,12 +433,17 @@ def child(name: str, place: Place, out: Path) -> int:
         context: Any = ops.using("triton")
     else:
         context = torch.inference_mode(False)
-    good = True
+    if without:
+        from whimbrel import ops
+
+        for operation in without:
+            setattr(ops.gpu()[0], operation, getattr(ops.vectorised, operation))
+    good, note = True, {"without": list(without)} if without else {}
     with context, out.open("a", encoding="utf-8") as file:
         try:
             for record in ROWS[name][0](place):
                 good = good and record.get("ok", True)
-                file.write(json.dumps({"row": name, "dry": place.dry} | record, default=str) + "\n")
+                file.write(json.dumps({"row": name, "dry": place.dry} | note | record, default=str) + "\n")
                 file.flush()
         except Exception as fault:
             file.write(
@@ -416,7 +455,7 @@ def child(name: str, place: Place, out: Path) -> int:
 
 def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
     """Run rows one after another within the budget, then print what they found."""
-    begin, bad = time.perf_counter(), []
+    begin, bad, without = time.perf_counter(), [], []
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if place.dry else {})
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
@@ -427,6 +466,7 @@ def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
             bad.append(f"{name}: no time left")
             continue
         command = [sys.executable, __file__, "--row", name, "--out", str(out), *(["--dry-run"] if place.dry else [])]
+        command += ["--without", ",".join(without)] if without else []
         try:
             limit = left if place.dry else min(left, ROWS[name][1])
             code = subprocess.run(command, env=environment, timeout=limit).returncode
@@ -435,11 +475,30 @@ def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
         if code:
             bad.append(f"{name}: ended with {code}")
         if name == "check" and code:
-            bad.append("nothing was timed, since the check failed")
-            break
+            without = wrong(out)
+            bad.append(f"in torch's form from here on: {', '.join(without)}")
     print(table(out))
     print("\n".join(f"FAILED {text}" for text in bad) or "every row ran")
     return 1 if bad else 0
+
+
+STEPS, KERNELS = (
+    ["conv_step", "ssd_step", "paged_attention"],
+    {"scan": ["ssd"], "cross_entropy": ["cross_entropy", "log_prob"]},
+)
+
+
+def wrong(out: Path) -> list[str]:
+    """Operations that the last check found wrong; all of them if it did not come to an end."""
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    checks = [record["failed"] for record in records if record["row"] == "check"]
+    if not checks or not isinstance(checks[-1], dict):
+        from whimbrel import ops
+
+        return [name for name in getattr(ops.gpu()[0], "__all__", []) if hasattr(ops.vectorised, name)]
+    first = {label.split(" ")[0] for label in checks[-1]}
+    names = [name for word in sorted(first) for name in (STEPS if word == "steps" else KERNELS.get(word, [word]))]
+    return list(dict.fromkeys(names))
 
 
 def machine(place: Place) -> Record:
@@ -477,10 +536,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--row")
+    parser.add_argument("--without", default="")
     said = parser.parse_args()
     place = Place(said.dry_run)
     if said.row:
-        return child(said.row, place, said.out)
+        return child(said.row, place, said.out, [word for word in said.without.split(",") if word])
     names = said.rows.split(",")
     if unknown := set(names) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")

@@ -36,6 +36,18 @@ def test_what_a_row_found_before_it_failed_is_kept(tmp_path, monkeypatch):
     assert "DRY what=first share=50.0%" in gpu_measure.table(out)
 
 
+def test_operations_that_failed_the_check_run_in_torchs_form(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_measure
+
+    out = tmp_path / "results.jsonl"
+    failed = {"scan 64x128 bfloat16": "error 1.0", "steps float32": "no", "rms_norm float32": "no"}
+    out.write_text(json.dumps({"row": "check", "dry": False, "ok": False, "failed": failed}) + "\n")
+    assert gpu_measure.wrong(out) == ["rms_norm", "ssd", "conv_step", "ssd_step", "paged_attention"]
+    out.write_text(json.dumps({"row": "check", "dry": False, "failed": "it was killed"}) + "\n")
+    assert {"ssd", "attention", "kl"} <= set(gpu_measure.wrong(out)), "a check that did not end trusts nothing"
+
+
 @pytest.mark.slow
 def test_every_row_runs_in_a_dry_run(tmp_path):
     out = tmp_path / "results.jsonl"

@@ -45,6 +45,7 @@ class _Step:
         )
         self.graph: Any = None
         if device.type == "cuda":
+            self.copied = torch.cuda.Event()
             self._record(memory)
 
     def _record(self, memory: Any) -> None:
@@ -74,6 +75,8 @@ class _Step:
     def run(self, tokens: Rows[int], slots: Rows[int], past: Rows[int]) -> tuple[Tensor, Tensor]:
         """Logits [S, V] and the likeliest ids [S] of these sequences, valid until the next step."""
         count = len(tokens)
+        if self.graph is not None:
+            self.copied.synchronize()  # of the step before: long over, unless nobody waited for its ids
         self.sent[1], self.sent[2] = self.pool.slots, 0
         self.sent[:, :count] = torch.tensor([list(tokens), list(slots), list(past)])
         self.here.copy_(self.sent, non_blocking=True)
@@ -81,6 +84,7 @@ class _Step:
             self.layout = replace(self.layout, past=tuple(self.sent[2].tolist()), _derived={})
             logits_SV, best_S = self._compute()
         else:
+            self.copied.record()
             self.graph.replay()
             logits_SV, best_S = self.logits_SV, self.best_S
         return logits_SV[:count], best_S[:count]

@@ -7,6 +7,7 @@ R half of the rotating channels.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from whimbrel.ops.triton.launch import cdiv, fits, power
 
 try:
     from torch.nn.attention.varlen import varlen_attn
+
+    _KNOWN = set(inspect.signature(varlen_attn).parameters)
 except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
+    varlen_attn, _KNOWN = None, set()  # type: ignore[assignment]
 
 
 def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, keys: Segments) -> Tensor:
@@ -29,7 +32,10 @@ def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, ke
     half = q_THE.dtype in (torch.bfloat16, torch.float16) and k_UKE.dtype == v_UKE.dtype == q_THE.dtype
     if varlen_attn is None or not half or not q_THE.is_cuda or not queries.tokens or q_THE.shape[2] > 256:
         return vectorised.attention(q_THE, k_UKE, v_UKE, queries, keys)
-    grouped: Any = {"enable_gqa": True} if q_THE.shape[1] != k_UKE.shape[1] else {}
+    # Its words have changed from release to release.
+    words: Any = {"window_size": (-1, 0)} if "window_size" in _KNOWN else {"is_causal": True}
+    if "enable_gqa" in _KNOWN and q_THE.shape[1] != k_UKE.shape[1]:
+        words["enable_gqa"] = True
     y_THE = varlen_attn(
         q_THE.contiguous(),
         k_UKE.contiguous(),
@@ -38,8 +44,7 @@ def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, ke
         keys.starts.int(),
         max(queries.lengths),
         max(keys.lengths),
-        window_size=(-1, 0),
-        **grouped,
+        **words,
     )
     assert isinstance(y_THE, Tensor)
     return y_THE

@@ -106,7 +106,7 @@ def paged_attention(
             q, k_blocks, v_blocks, table, lengths, parts, stats, width**-0.5 * 1.4426950408889634,
             q.stride(0), table.stride(0), splits,
             H=heads, K=kv_heads, E=width, SIZE=size, SPLIT=chosen["split"], TILE=chosen["tile"],
-            BH=power(heads // kv_heads, 16), BE=power(width, 16), DOT="ieee" if q.dtype == torch.float32 else "tf32",
+            BH=power(heads // kv_heads, 16), BE=power(width, 16), DOT="tf32x3" if q.dtype == torch.float32 else "tf32",
             num_warps=chosen["num_warps"], num_stages=chosen["num_stages"],
         )  # fmt: skip
         _combine[(heads, sequences)](

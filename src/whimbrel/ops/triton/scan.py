@@ -266,7 +266,7 @@ class _Shape:
         self.piece = max(self.chunk, chosen["piece"] // self.chunk * self.chunk)
         self.read = {"num_warps": chosen["num_warps"], "num_stages": chosen["num_stages"]}
         self.walk = {"num_warps": walk["num_warps"], "num_stages": walk["num_stages"]}
-        self.exact = "ieee" if x_THP.dtype == torch.float32 else "tf32"  # of bfloat16 products are exact either way
+        self.exact = "tf32x3" if x_THP.dtype == torch.float32 else "tf32"  # of bfloat16 products are exact either way
         self.block = min(chosen.get("width", 128), power(self.width, 16))
         self.sizes = {
             "H": self.heads,
