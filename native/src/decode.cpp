@@ -35,7 +35,7 @@ struct Sizes {
     // Shared: the stream, what projections give, the input of last projections, pieces of attention; and a thread's own input.
     size_t shared(const Decode& d) const {
         const int64_t floats = d.rows * (2 * d.width + 2 * widest_out + 2 * d.half) + pieces * d.heads * kept(d);
-        return (4 * floats + Activations::bytes(d.rows, widest_in) + 1024) / 64 * 64;
+        return (4 * floats + Activations::bytes(d.rows, widest_in) + 1024 + 8 * fence) / 64 * 64;
     }
     size_t own(const Decode& d) const { return (Activations::bytes(d.rows, widest_in) + 127) / 64 * 64; }
 };
@@ -129,13 +129,13 @@ class Share {
 public:
     Share(const Decode& d, const Sizes& sizes, char* memory, int thread, int team)
         : d(d), sizes(sizes), thread(thread), team(team),
-          x(Activations::take<float>(memory, d.rows * d.width)),
-          change(Activations::take<float>(memory, d.rows * d.width)),
-          wide(Activations::take<float>(memory, d.rows * sizes.widest_out)),
-          gate(Activations::take<float>(memory, d.rows * sizes.widest_out)),
-          cos(Activations::take<float>(memory, d.rows * d.half)),
-          sin(Activations::take<float>(memory, d.rows * d.half)),
-          pieces(Activations::take<float>(memory, sizes.pieces * d.heads * kept(d))),
+          x(take<float>(memory, d.rows * d.width)),
+          change(take<float>(memory, d.rows * d.width)),
+          wide(take<float>(memory, d.rows * sizes.widest_out)),
+          gate(take<float>(memory, d.rows * sizes.widest_out)),
+          cos(take<float>(memory, d.rows * d.half)),
+          sin(take<float>(memory, d.rows * d.half)),
+          pieces(take<float>(memory, sizes.pieces * d.heads * kept(d))),
           mixed(memory, d.rows, sizes.widest_in),
           input(memory += sizes.own(d) * thread, d.rows, sizes.widest_in) {}
 

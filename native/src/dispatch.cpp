@@ -19,12 +19,15 @@
     void conv_backward(const Conv&, const ConvGradients&, int);                   \
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
+    void relu2(const Relu2&, int);                                                \
     }                                                                             \
     DECLARE_PRODUCTS(isa)
 
 DECLARE(baseline)
-#ifdef WHIMBREL_X86
+#ifdef WHIMBREL_AVX2
 DECLARE(avx2)
+#endif
+#ifdef WHIMBREL_AVX512
 DECLARE(avx512)
 DECLARE_PRODUCTS(vnni)
 #endif
@@ -40,6 +43,7 @@ struct Form {
     void (*conv_backward)(const Conv&, const ConvGradients&, int);
     void (*gated_norm_forward)(const GatedNorm&, int);
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
+    void (*relu2)(const Relu2&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*decode)(const Decode&, int);
@@ -48,19 +52,21 @@ struct Form {
 #define FORM(name, isa, products, here)                                                                       \
     Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
+         whimbrel::isa::relu2, whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
 
-#ifdef WHIMBREL_X86
+#ifdef WHIMBREL_AVX512
 bool wide() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw");
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #endif
 
 const Form forms[] = {
-#ifdef WHIMBREL_X86
+#ifdef WHIMBREL_AVX512
     FORM("vnni", avx512, vnni, [] { return wide() && __builtin_cpu_supports("avx512vnni"); }),
     FORM("avx512", avx512, avx512, wide),
+#endif
+#ifdef WHIMBREL_AVX2
     FORM("avx2", avx2, avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
 #endif
     FORM("baseline", baseline, baseline, [] { return true; }),
@@ -103,6 +109,8 @@ void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads) { now->gate
 void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads) {
     now->gated_norm_backward(*norm, *gradients, threads);
 }
+
+void whimbrel_relu2(const Relu2* relu2, int threads) { now->relu2(*relu2, threads); }
 
 void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 

@@ -9,11 +9,12 @@
 #include <cstring>
 #include <new>
 
-#include "vector.h"
+#include "scratch.h"
 
 namespace whimbrel::WHIMBREL_ISA {
 
 constexpr int64_t chunk = 32;     // tokens worked on together: the stride of matrices of tokens by tokens
+constexpr int64_t at_once = 64;   // cache lines that a tile asks for
 constexpr int most_high = 6;      // rows of a register tile
 constexpr int most_broad = WHIMBREL_LANES == 16 ? 4 : 2;  // vectors of a register tile
 
@@ -22,22 +23,51 @@ inline int64_t pitch(int64_t width) { return (width + 15) / 16 * 16 | 16; }
 
 // One piece of memory, zeros at first, that a thread's scratch matrices are cut from; each begins on a cache line.
 struct Arena {
-    float* begin;
-    int64_t used = 0, size;
+    static constexpr int64_t most_arrays = 32;
+    const int64_t size;  // bytes
+    char *const begin, *next;
 
-    explicit Arena(int64_t floats) : size((floats + 15) / 16 * 16) {
-        begin = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+    explicit Arena(int64_t floats)
+        : size((floats * 4 + most_arrays * fence + 63) / 64 * 64), begin(static_cast<char*>(std::aligned_alloc(64, size))), next(begin) {
         if (!begin) throw std::bad_alloc();
-        std::fill_n(begin, size, 0.0f);
+        std::fill_n(begin, size, char{0});
     }
     Arena(const Arena&) = delete;
     ~Arena() { std::free(begin); }
 
     float* take(int64_t floats) {
-        float* const at = begin + used;
-        used += (floats + 15) / 16 * 16;
-        assert(used <= size);
+        float* const at = whimbrel::WHIMBREL_ISA::take<float>(next, floats);
+        assert(next <= begin + size);
         return at;
+    }
+};
+
+// Rows of the caller's arrays that will be needed soon. Neighbouring tokens of a head lie pages apart, where no hardware looks ahead,
+// and asking for many at once only waits for them: each tile of a product asks for a few.
+struct Ahead {
+    struct Rows {
+        const char* at;
+        int64_t stride, left, bytes;
+        bool write;
+    };
+    static constexpr int most = 8;
+    Rows rows[most];
+    int count = 0, next = 0;
+
+    void add(const float* first, int64_t stride, int64_t height, int64_t width, bool write = false) {
+        if (height <= 0) return;
+        if (next == count) next = count = 0;
+        if (count < most) rows[count++] = {reinterpret_cast<const char*>(first), stride * 4, height, width * 4, write};
+    }
+    void ask(int64_t lines) {
+        while (lines > 0 && next < count) {
+            Rows& r = rows[next];
+            for (; lines > 0 && r.left > 0; r.left--, r.at += r.stride, lines -= (r.bytes + 63) / 64)
+                for (int64_t i = 0; i < r.bytes; i += 64)
+                    if (r.write) __builtin_prefetch(r.at + i, 1, 2);
+                    else __builtin_prefetch(r.at + i, 0, 2);
+            if (!r.left) next++;
+        }
     }
 };
 
@@ -55,6 +85,7 @@ struct Product {
     float* out = nullptr;
     int64_t out_row = 0;
     bool lower = false;  // only lanes up to the row's own number are wanted
+    Ahead* ahead = nullptr;
 };
 
 template <int high, int broad>
@@ -106,6 +137,7 @@ inline void product_rows(const Product& p, int64_t high, int64_t lane) {
     for (int64_t t = 0; t < tiles; t++) {  // as even as possible: 32 rows are 6 + 6 + 5 + 5 + 5 + 5
         const int64_t row = high * t / tiles, next = high * (t + 1) / tiles;
         if (p.lower && lane >= next) continue;
+        if (p.ahead) p.ahead->ask(at_once);
         switch (next - row) {
             case 1: product_tile<1, broad>(p, row, lane); break;
             case 2: product_tile<2, broad>(p, row, lane); break;

@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "codes.h"
+#include "scratch.h"
 #include "vector.h"
 #include "whimbrel.h"
 
@@ -25,7 +26,7 @@ struct Activations {
     int64_t rows, inputs;
 
     static size_t bytes(int64_t rows, int64_t inputs) {
-        return static_cast<size_t>(rows) * (inputs * 5 + (inputs / block + 1) * 8) + 4 * 64;
+        return static_cast<size_t>(rows) * (inputs * 5 + (inputs / block + 1) * 8) + 4 * (64 + fence);
     }
     // Cut from `memory` (of at least `bytes`, on a cache line), which is moved on.
     Activations(char*& memory, int64_t rows, int64_t inputs) : rows(rows), inputs(inputs) {
@@ -33,12 +34,6 @@ struct Activations {
         codes = take<int8_t>(memory, rows * inputs);
         scales = take<float>(memory, rows * (inputs / block + 1));
         sums = take<int32_t>(memory, rows * (inputs / block + 1));
-    }
-    template <typename T>
-    static T* take(char*& memory, int64_t count) {
-        T* taken = reinterpret_cast<T*>(memory);
-        memory += (count * sizeof(T) + 63) / 64 * 64;
-        return taken;
     }
 };
 

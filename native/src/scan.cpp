@@ -19,8 +19,8 @@
 // those of single tokens, and none that could overflow.
 //
 // The gradient of the decays needs no states: with r_t = <dS_t, S_t>, one has <dS_t, decay_t S_{t-1}> = r_t - dt_t (x_t . du_t)
-// and r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that. Rounding errors of this running difference are cut off at the end of each
-// chunk, where r is computed from the two states.
+// and r_{t-1} = dy_{t-1} . (S_{t-1} C_{t-1}) + that, where dy_i . (S_i C_i) = C_i . dC_i, the head's own part of dC. Rounding errors
+// of this running difference are cut off at the end of each chunk, where r is computed from the two states.
 //
 // The caller cuts a sequence into pieces of some hundred tokens. The forward pass keeps one state a piece; the backward pass
 // takes the pieces from the last to the first and computes the states between the chunks of one piece again.
@@ -42,11 +42,6 @@ float dot(const float* x, const float* y, int64_t n) {
     float rest = sum(total);
     for (; i < n; i++) rest += x[i] * y[i];
     return rest;
-}
-
-// Neighbouring tokens of a head lie pages apart, where no hardware looks ahead: ask for a row long before it is needed.
-void fetch(const float* row, int64_t n) {
-    for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(row + i);
 }
 
 // Sizes of one call, and how its pointers are walked. P is padded to `wide`, N to `deep`; rows of scratch are w_row, d_row apart.
@@ -140,12 +135,14 @@ struct Forward : Shape {
     Arena arena;
     Pair pair;
     Decays decays;
+    Ahead ahead;
     float *x, *scaled, *mix, *y, *scratch, *states;
 
-    explicit Forward(const Scan& scan)
-        : Shape(scan), arena(chunk * (2 * d_row + 2 * deep + 3 * w_row + 2 * chunk) + wide * d_row + shared * deep * w_row + 256),
+    Forward(const Scan& scan, int64_t most_heads)
+        : Shape(scan),
+          arena(chunk * (2 * d_row + 2 * deep + 3 * w_row + 2 * chunk) + wide * d_row + most_heads * deep * w_row + 256),
           pair(*this, arena), x(arena.take(chunk * w_row)), scaled(arena.take(chunk * w_row)), mix(arena.take(chunk * chunk)),
-          y(arena.take(chunk * w_row)), scratch(arena.take(wide * d_row)), states(arena.take(shared * deep * w_row)) {}
+          y(arena.take(chunk * w_row)), scratch(arena.take(wide * d_row)), states(arena.take(most_heads * deep * w_row)) {}
 
     void run_chunk(int64_t from, int64_t count, int64_t h, float* state, bool empty) {
         pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
@@ -156,19 +153,28 @@ struct Forward : Shape {
                 store(mix + i * chunk + j, load(pair.cb + i * chunk + j) * load(decays.between + i * chunk + j) * load(decays.dt + j));
             mix[i * chunk + i] += s.d[h];
         }
+        const bool whole = s.width % lanes == 0;  // rows of whole vectors need no scratch
+        float* const rows = s.y + at(from, h) * s.width;
         multiply({.a = pair.c_turned, .b = state, .a_row = 1, .a_step = chunk, .b_step = w_row, .depth = empty ? 0 : s.size,
                   .scale = decays.from_start, .c = mix, .d = x, .c_row = chunk, .c_step = 1, .d_step = w_row, .tokens = count,
-                  .order = Product::past, .out = y, .out_row = w_row},
+                  .order = Product::past, .out = whole ? rows : y, .out_row = whole ? s.heads * s.width : w_row, .ahead = &ahead},
                  count, wide);
         multiply({.a = pair.b_turned, .b = scaled, .a_row = chunk, .a_step = 1, .b_step = w_row, .depth = count,
-                  .base = empty ? nullptr : state, .fade = decays.fade, .out = state, .out_row = w_row},
+                  .base = empty ? nullptr : state, .fade = decays.fade, .out = state, .out_row = w_row, .ahead = &ahead},
                  s.size, wide);
-        for (int64_t i = 0; i < count; i++) std::copy_n(y + i * w_row, s.width, s.y + at(from + i, h) * s.width);
+        for (int64_t i = 0; i < count && !whole; i++) std::copy_n(y + i * w_row, s.width, rows + i * s.heads * s.width);
     }
 
-    // Heads first … first + count of one group and one sequence.
+    // Asks for the rows of heads of one group.
+    void ask(int64_t from, int64_t size, int64_t h, int64_t count) {
+        ahead.add(b(from, h / shared), s.b_stride, size, s.size), ahead.add(c(from, h / shared), s.c_stride, size, s.size);
+        ahead.add(Shape::x(from, h), s.x_stride, size, count * s.width);
+        ahead.add(s.y + at(from, h) * s.width, s.heads * s.width, size, count * s.width, true);
+    }
+
+    // Heads first … first + count of one sequence.
     void run(int64_t sequence, int64_t first_head, int64_t count) {
-        const int64_t g = first_head / shared, end = s.pieces[s.first[sequence + 1]];
+        const int64_t end = s.pieces[s.first[sequence + 1]];
         const auto state = [&](int64_t i) { return states + i * deep * w_row; };
         bool empty = !s.initial;
         for (int64_t i = 0; i < count && !empty; i++)
@@ -176,12 +182,16 @@ struct Forward : Shape {
         for (int64_t piece = s.first[sequence]; piece < s.first[sequence + 1]; piece++) {
             for (int64_t from = s.pieces[piece]; from < s.pieces[piece + 1]; from += chunk) {
                 const int64_t size = std::min(chunk, s.pieces[piece + 1] - from);
-                pair.read(*this, from, size, g);
-                for (int64_t t = from + chunk; t < std::min(from + 2 * chunk, end); t++) {
-                    fetch(b(t, g), s.size), fetch(c(t, g), s.size);
-                    fetch(Shape::x(t, first_head), count * s.width);
+                for (int64_t i = 0; i < count; i++) {
+                    const int64_t h = first_head + i;
+                    if (!i || h % shared == 0) {
+                        const int64_t next = (h / shared + 1) * shared;
+                        pair.read(*this, from, size, h / shared);
+                        if (next < first_head + count) ask(from, size, next, std::min(shared, first_head + count - next));
+                        else ask(from + size, std::min(chunk, end - from - size), first_head, std::min(shared, count));
+                    }
+                    run_chunk(from, size, h, state(i), empty);
                 }
-                for (int64_t i = 0; i < count; i++) run_chunk(from, size, first_head + i, state(i), empty);
                 empty = false;
             }
             const bool last = piece + 1 == s.first[sequence + 1];
@@ -204,66 +214,84 @@ struct Backward : Shape {
     Arena arena;
     Pair pair;
     Decays decays;
-    float *x, *dy, *du, *scaled, *x_turned, *dy_turned, *mix, *pairs, *sums, *db, *dc, *ds, *ds_turned, *chain;
+    Ahead ahead;
+    float *x, *dy, *du, *scaled, *x_turned, *dy_turned, *mix, *pairs, *sums, *own, *db, *dc, *ds, *ds_turned, *chain;
     std::vector<double> behind, da, dd;
+    int64_t first_head = 0, heads = 0;  // of the present task: whole groups
 
-    Backward(const Scan& scan, const ScanGradients& gradients, int64_t most_chunks)
+    Backward(const Scan& scan, const ScanGradients& gradients, int64_t most_chunks, int64_t most_heads)
         : Shape(scan), out(gradients), most(most_chunks),
-          arena(chunk * (4 * d_row + 2 * deep + 4 * w_row + 2 * wide + 4 * chunk) + deep * w_row +
-                shared * wide * d_row * (most + 2) + 512),
+          arena(chunk * (5 * d_row + 2 * deep + 4 * w_row + 2 * wide + 4 * chunk) + deep * w_row +
+                most_heads * wide * d_row * (most + 2) + 512),
           pair(*this, arena), x(arena.take(chunk * w_row)), dy(arena.take(chunk * w_row)), du(arena.take(chunk * w_row)),
           scaled(arena.take(chunk * w_row)), x_turned(arena.take(wide * chunk)), dy_turned(arena.take(wide * chunk)),
           mix(arena.take(chunk * chunk)), pairs(arena.take(chunk * chunk)), sums(arena.take(chunk * chunk)),
-          db(arena.take(chunk * d_row)), dc(arena.take(chunk * d_row)), ds(arena.take(shared * wide * d_row)),
-          ds_turned(arena.take(deep * w_row)), chain(arena.take(shared * wide * d_row * (most + 1))), behind(shared),
-          da(shared), dd(shared) {}
+          own(arena.take(chunk * d_row)), db(arena.take(chunk * d_row)), dc(arena.take(chunk * d_row)),
+          ds(arena.take(most_heads * wide * d_row)), ds_turned(arena.take(deep * w_row)),
+          chain(arena.take(most_heads * wide * d_row * (most + 1))), behind(most_heads), da(most_heads), dd(most_heads) {}
 
-    // State before chunk k of the present piece, [P, d_row].
+    // State of head i of the task before chunk k of the present piece, [P, d_row].
     float* before(int64_t i, int64_t k) { return chain + (i * (most + 1) + k) * wide * d_row; }
     float* gradient(int64_t i) { return ds + i * wide * d_row; }
 
-    void restore_chunk(int64_t from, int64_t count, int64_t g, int64_t k, bool empty) {
-        pack(b(from, g), s.b_stride, count, s.size, pair.b, d_row);
-        for (int64_t i = 0; i < shared; i++) {
-            const int64_t h = g * shared + i;
+    void restore_chunk(int64_t from, int64_t count, int64_t k, bool empty, int64_t then_count) {
+        for (int64_t i = 0; i < heads; i++) {
+            const int64_t h = first_head + i;
+            if (h % shared == 0) {
+                pack(b(from, h / shared), s.b_stride, count, s.size, pair.b, d_row);
+                ask(i, from, count, from + count, then_count, false);
+            }
             decays.read(*this, from, count, h, false);
             pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
             scale_rows(x, w_row, count, wide, decays.weight, scaled);
             multiply({.a = scaled, .b = pair.b, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
-                      .base = empty ? nullptr : before(i, k), .fade = decays.fade, .out = before(i, k + 1), .out_row = d_row},
+                      .base = empty ? nullptr : before(i, k), .fade = decays.fade, .out = before(i, k + 1), .out_row = d_row,
+                      .ahead = &ahead},
                      s.width, deep);
         }
     }
 
     // empty: the state before the chunk is zero; idle: so is the gradient of the state after it; start: nobody asks for the one before.
-    void head(int64_t from, int64_t count, int64_t g, int64_t i, int64_t k, bool empty, bool idle, bool start) {
-        const int64_t h = g * shared + i, high = round_up(count);
+    void head(int64_t from, int64_t count, int64_t i, int64_t k, bool empty, bool idle, bool start) {
+        const int64_t h = first_head + i, high = round_up(count);
+        const bool opens = h % shared == 0, closes = (h + 1) % shared == 0;  // of its group, the first head and the last
         pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
         pack(out.dy + at(from, h) * s.width, s.heads * s.width, count, s.width, dy, w_row);
         transpose(x, w_row, high, wide, x_turned, chunk);
         transpose(dy, w_row, high, wide, dy_turned, chunk);
         decays.read(*this, from, count, h, true);
         multiply({.a = dy_turned, .b = x_turned, .a_row = 1, .a_step = chunk, .b_step = chunk, .depth = s.width,
-                  .out = pairs, .out_row = chunk, .lower = true},
+                  .out = pairs, .out_row = chunk, .lower = true, .ahead = &ahead},
                  count, high);
-        for (int64_t r = 0; r < count; r++)
+        multiply({.a = dy_turned, .b = before(i, k), .a_row = 1, .a_step = chunk, .b_step = d_row, .depth = empty ? 0 : s.width,
+                  .scale = decays.from_start, .out = own, .out_row = d_row, .ahead = &ahead},
+                 count, deep);
+        float pull[chunk];  // dy_r . (S_r C_r)
+        for (int64_t r = 0; r < count; r++) {
+            vec total{};
             for (int64_t j = 0; j <= r; j += lanes) {
                 const int64_t place = r * chunk + j;
-                const vec between = load(decays.between + place);
-                const vec own = load(pairs + place) * between * load(decays.dt + j);
-                store(mix + place, load(pair.cb + place) * between);
-                store(sums + place, i ? load(sums + place) + own : own);
+                const vec between = load(decays.between + place), cb = load(pair.cb + place);
+                const vec part = load(pairs + place) * between * load(decays.dt + j);
+                total += part * cb;
+                store(mix + place, cb * between);
+                store(sums + place, opens ? part : load(sums + place) + part);
             }
-        const bool last = i + 1 == shared;
-        multiply({.a = dy_turned, .b = before(i, k), .a_row = 1, .a_step = chunk, .b_step = d_row, .depth = empty ? 0 : s.width,
-                  .scale = decays.from_start, .c = sums, .d = pair.b, .c_row = chunk, .c_step = 1, .d_step = d_row,
-                  .tokens = count, .order = last ? Product::past : Product::none, .base = i ? dc : nullptr, .out = dc,
-                  .out_row = d_row},
-                 count, deep);
+            for (int64_t n = 0; n < deep; n += lanes) {
+                const vec part = load(own + r * d_row + n);
+                total += part * load(pair.c + r * d_row + n);
+                store(dc + r * d_row + n, opens ? part : load(dc + r * d_row + n) + part);
+            }
+            pull[r] = sum(total);
+        }
+        if (closes)
+            multiply({.c = sums, .d = pair.b, .c_row = chunk, .c_step = 1, .d_step = d_row, .tokens = count,
+                      .order = Product::past, .base = dc, .out = dc, .out_row = d_row, .ahead = &ahead},
+                     count, deep);
         multiply({.a = x_turned, .b = gradient(i), .a_row = 1, .a_step = chunk, .b_step = d_row, .depth = idle ? 0 : s.width,
                   .scale = decays.weight, .c = sums, .d = pair.c, .c_row = 1, .c_step = chunk, .d_step = d_row,
-                  .tokens = count, .order = last ? Product::future : Product::none, .base = i ? db : nullptr, .out = db,
-                  .out_row = d_row},
+                  .tokens = count, .order = closes ? Product::future : Product::none, .base = opens ? nullptr : db, .out = db,
+                  .out_row = d_row, .ahead = &ahead},
                  count, deep);
         if (!idle) {
             transpose(gradient(i), d_row, wide, deep, ds_turned, w_row);
@@ -275,91 +303,97 @@ struct Backward : Shape {
         }
         multiply({.a = pair.b_turned, .b = ds_turned, .a_row = 1, .a_step = chunk, .b_step = w_row, .depth = idle ? 0 : s.size,
                   .scale = decays.to_end, .c = mix, .d = dy, .c_row = 1, .c_step = chunk, .d_step = w_row, .tokens = count,
-                  .order = Product::future, .out = du, .out_row = w_row},
+                  .order = Product::future, .out = du, .out_row = w_row, .ahead = &ahead},
                  count, wide);
         if (!start) {
             scale_rows(dy, w_row, count, wide, decays.from_start, scaled);
             multiply({.a = scaled, .b = pair.c, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
-                      .base = idle ? nullptr : gradient(i), .fade = decays.fade, .out = gradient(i), .out_row = d_row},
+                      .base = idle ? nullptr : gradient(i), .fade = decays.fade, .out = gradient(i), .out_row = d_row,
+                      .ahead = &ahead},
                      s.width, deep);
         }
-        give(from, count, h, i);
+        give(from, count, i, pull);
     }
 
     // What is left is a token's own: dx, ddt, and its parts of da and dd.
-    void give(int64_t from, int64_t count, int64_t h, int64_t i) {
+    void give(int64_t from, int64_t count, int64_t i, const float* pull) {
+        const int64_t h = first_head + i;
         const float a = s.a[h], d = s.d[h];
         double carried = behind[i];
         for (int64_t t = count - 1; t >= 0; t--) {
             const int64_t place = at(from + t, h);
-            const float dt = decays.dt[t], skip = pairs[t * chunk + t], pull = dot(du + t * w_row, x + t * w_row, wide);
-            const double r = carried + dot(dy + t * w_row, s.y + place * s.width, s.width) - static_cast<double>(d) * skip;
-            carried = r - static_cast<double>(dt) * pull;
-            out.ddt[place] = static_cast<float>(a * carried) + pull;
-            da[i] += dt * carried, dd[i] += skip;
+            const float dt = decays.dt[t], push = dot(du + t * w_row, x + t * w_row, wide);
+            carried += static_cast<double>(pull[t]) - static_cast<double>(dt) * push;
+            out.ddt[place] = static_cast<float>(a * carried) + push;
+            da[i] += dt * carried, dd[i] += pairs[t * chunk + t];
             float* dx = out.dx + place * s.width;
             for (int64_t p = 0; p < s.width; p++) dx[p] = dt * du[t * w_row + p] + d * dy[t * w_row + p];
         }
         behind[i] = carried;
     }
 
-    // Asks for the rows of a chunk.
-    void ask(int64_t from, int64_t to, int64_t g, bool all) const {
-        for (int64_t t = from; t < to; t++) {
-            fetch(b(t, g), s.size), fetch(Shape::x(t, g * shared), shared * s.width);
-            if (!all) continue;
-            fetch(c(t, g), s.size);
-            fetch(out.dy + at(t, g * shared) * s.width, shared * s.width);
-            fetch(s.y + at(t, g * shared) * s.width, shared * s.width);
-        }
+    // Asks for the rows of the group after that of head i of the task, of this chunk or of the one that is taken next.
+    void ask(int64_t i, int64_t from, int64_t count, int64_t then, int64_t then_count, bool all) {
+        if (i + shared >= heads) i = -shared, from = then, count = then_count;
+        const int64_t h = first_head + i + shared, g = h / shared, wide_x = shared * s.width, row = s.heads * s.width;
+        ahead.add(b(from, g), s.b_stride, count, s.size), ahead.add(Shape::x(from, h), s.x_stride, count, wide_x);
+        if (!all) return;
+        ahead.add(c(from, g), s.c_stride, count, s.size);
+        ahead.add(out.dy + at(from, h) * s.width, row, count, wide_x);
+        ahead.add(out.dx + at(from, h) * s.width, row, count, wide_x, true);
+        ahead.add(out.db + (from * s.groups + g) * s.size, s.groups * s.size, count, s.size, true);
+        ahead.add(out.dc + (from * s.groups + g) * s.size, s.groups * s.size, count, s.size, true);
     }
 
     // Adds a gradient [S or K, H, P, N] of the state after a piece to the one that is carried.
-    void add(const float* from, int64_t row, int64_t g, bool fresh) {
-        for (int64_t i = 0; i < shared; i++)
+    void add(const float* from, int64_t row, bool fresh) {
+        for (int64_t i = 0; i < heads; i++)
             for (int64_t p = 0; p < s.width; p++) {
-                const float* extra = from + state(row, g * shared + i) + p * s.size;
+                const float* extra = from + state(row, first_head + i) + p * s.size;
                 float* to = gradient(i) + p * d_row;
                 for (int64_t n = 0; n < deep; n++) to[n] = (fresh ? 0.0f : to[n]) + (n < s.size ? extra[n] : 0.0f);
             }
     }
 
-    void run_piece(int64_t piece, int64_t g, bool empty, bool idle, bool start) {
+    void run_piece(int64_t piece, bool empty, bool idle, bool start) {
         const int64_t from = s.pieces[piece], to = s.pieces[piece + 1], chunks = (to - from + chunk - 1) / chunk;
         for (int64_t k = 0; k < chunks - idle; k++) {
             const int64_t at = from + k * chunk;
-            ask(at + chunk, std::min(at + 2 * chunk, to), g, k + 2 >= chunks - idle);
-            restore_chunk(at, std::min(chunk, to - at), g, k, empty && k == 0);
+            restore_chunk(at, std::min(chunk, to - at), k, empty && k == 0, std::min(chunk, to - at - chunk));
         }
         for (int64_t k = chunks - 1; k >= 0; k--) {
-            const int64_t at = from + k * chunk, count = std::min(chunk, to - at);
-            pair.read(*this, at, count, g);
-            if (at > first(0)) ask(std::max(at - chunk, first(0)), at, g, true);
-            for (int64_t i = 0; i < shared; i++)
-                head(at, count, g, i, k, empty && k == 0, idle && k == chunks - 1, start && k == 0);
-            for (int64_t t = 0; t < count; t++) {
-                const int64_t place = ((at + t) * s.groups + g) * s.size;
-                std::copy_n(db + t * d_row, s.size, out.db + place);
-                std::copy_n(dc + t * d_row, s.size, out.dc + place);
+            const int64_t at = from + k * chunk, count = std::min(chunk, to - at), before = std::max(at - chunk, first(0));
+            for (int64_t i = 0; i < heads; i++) {
+                const int64_t g = (first_head + i) / shared;
+                if ((first_head + i) % shared == 0) pair.read(*this, at, count, g), ask(i, at, count, before, at - before, true);
+                head(at, count, i, k, empty && k == 0, idle && k == chunks - 1, start && k == 0);
+                if ((first_head + i + 1) % shared) continue;
+                for (int64_t t = 0; t < count; t++) {
+                    const int64_t place = ((at + t) * s.groups + g) * s.size;
+                    std::copy_n(db + t * d_row, s.size, out.db + place);
+                    std::copy_n(dc + t * d_row, s.size, out.dc + place);
+                }
             }
         }
     }
 
-    void run(int64_t sequence, int64_t g) {
-        std::fill_n(behind.begin(), shared, 0.0), std::fill_n(da.begin(), shared, 0.0), std::fill_n(dd.begin(), shared, 0.0);
+    // Groups from … to of one sequence.
+    void run(int64_t sequence, int64_t from_group, int64_t to_group) {
+        first_head = from_group * shared, heads = (to_group - from_group) * shared;
+        for (auto* v : {&behind, &da, &dd}) std::fill(v->begin(), v->end(), 0.0);
         bool idle = !out.dfinal;
-        if (!idle) add(out.dfinal, sequence, g, true);
+        if (!idle) add(out.dfinal, sequence, true);
         const int64_t opening = s.first[sequence];
         for (int64_t piece = s.first[sequence + 1] - 1; piece >= opening; piece--) {
-            if (s.slots[piece] >= 0 && out.dkept) add(out.dkept, s.slots[piece], g, idle), idle = false;
+            if (s.slots[piece] >= 0 && out.dkept) add(out.dkept, s.slots[piece], idle), idle = false;
             const float* begin = piece > opening ? s.saved + state(piece, 0) : s.initial ? s.initial + state(sequence, 0) : nullptr;
-            for (int64_t i = 0; i < shared && begin; i++)
-                pack(begin + (g * shared + i) * s.width * s.size, s.size, s.width, s.size, before(i, 0), d_row);
-            run_piece(piece, g, !begin, idle, piece == opening && !out.dinitial);
+            for (int64_t i = 0; i < heads && begin; i++)
+                pack(begin + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, 0), d_row);
+            run_piece(piece, !begin, idle, piece == opening && !out.dinitial);
             idle = false;
         }
-        for (int64_t i = 0; i < shared; i++) {
-            const int64_t h = g * shared + i;
+        for (int64_t i = 0; i < heads; i++) {
+            const int64_t h = first_head + i;
             out.da[sequence * s.heads + h] = static_cast<float>(da[i]);
             out.dd[sequence * s.heads + h] = static_cast<float>(dd[i]);
             for (int64_t p = 0; p < s.width && out.dinitial; p++) {
@@ -373,15 +407,18 @@ struct Backward : Shape {
 
 }  // namespace
 
+// A thread takes all heads, or a part of them: neighbouring heads lie on one page of memory, and to look a page up is dear.
 void scan_forward(const Scan& s, int threads) {
-    const int64_t shared = s.heads / s.groups;
-    const int64_t together = s.sequences * s.groups >= threads ? shared : 1, tasks = s.heads / together;
+    const int64_t of = s.sequences * s.groups >= threads ? s.groups : s.heads;  // a group is cut only if there is too little else
+    const int64_t parts = std::min<int64_t>(threads, of), each = s.heads / of;
 #pragma omp parallel num_threads(threads)
     {
-        Forward work(s);
+        Forward work(s, (of + parts - 1) / parts * each);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < s.sequences * tasks; task++)
-            work.run(task / tasks, task % tasks * together, together);
+        for (int64_t task = 0; task < s.sequences * parts; task++) {
+            const int64_t part = task % parts, from = of * part / parts * each;
+            work.run(task / parts, from, of * (part + 1) / parts * each - from);
+        }
     }
 }
 
@@ -389,11 +426,15 @@ void scan_forward(const Scan& s, int threads) {
 void scan_backward(const Scan& s, const ScanGradients& out, int threads) {
     int64_t most = 0;
     for (int64_t piece = 0; piece < s.first[s.sequences]; piece++) most = std::max(most, s.pieces[piece + 1] - s.pieces[piece]);
+    const int64_t parts = std::min<int64_t>(threads, s.groups);
 #pragma omp parallel num_threads(threads)
     {
-        Backward work(s, out, (most + chunk - 1) / chunk);
+        Backward work(s, out, (most + chunk - 1) / chunk, (s.groups + parts - 1) / parts * (s.heads / s.groups));
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < s.sequences * s.groups; task++) work.run(task / s.groups, task % s.groups);
+        for (int64_t task = 0; task < s.sequences * parts; task++) {
+            const int64_t part = task % parts;
+            work.run(task / parts, s.groups * part / parts, s.groups * (part + 1) / parts);
+        }
     }
 }
 

@@ -85,6 +85,16 @@ inline float largest(vec v) {
         return both[0];
 }
 
+// The first n floats, zeros beside them; and back.
+inline vec load(const float* from, int64_t n) {
+    if (n >= lanes) return load(from);
+    vec v{};
+    std::memcpy(&v, from, n * sizeof(float));
+    return v;
+}
+
+inline void store(float* to, vec v, int64_t n) { std::memcpy(to, &v, n >= lanes ? sizeof v : n * sizeof(float)); }
+
 // e^x within 2 units in the last place, without branches or calls. gcc does not make vector code of loops over the first one.
 inline float fast_exp(float x) {
     x = std::min(std::max(x, -87.0f), 88.0f);

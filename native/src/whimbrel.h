@@ -24,7 +24,7 @@ struct Scan {
     int64_t x_stride, b_stride, c_stride;
 };
 
-// Gradients of a scan; da, dd are [S, H], one row a sequence. dfinal and dkept may be null (zeros), dinitial too (not wanted).
+// Gradients of a scan, which need no y, final or kept; da, dd are [S, H], one row a sequence. dfinal and dkept may be null (zeros), dinitial too (not wanted).
 struct ScanGradients {
     const float *dy, *dfinal, *dkept;
     float *dx, *ddt, *da, *db, *dc, *dd, *dinitial;
@@ -45,7 +45,8 @@ struct ConvGradients {
     float *dx, *dweight, *dbias, *dinitial;
 };
 
-// RMSNorm(y * silu(gate)) in groups of `width` channels, times weight; scale [T, groups] keeps 1 / rms. gate has its own row distance.
+// RMSNorm(y * silu(gate)) in groups of `width` channels, times weight; scale [T, groups] keeps 1 / rms. gate has its own row
+// distance; null: RMSNorm(y) without a gate.
 struct GatedNorm {
     const float *y, *gate, *weight;
     float *out, *scale;
@@ -56,6 +57,13 @@ struct GatedNorm {
 struct GatedNormGradients {
     const float* dout;
     float *dy, *dgate, *dweight;  // dweight [threads, groups * width], as zeros
+};
+
+// out [count] = max(x, 0)^2, or with dy not null its gradient.
+struct Relu2 {
+    const float *x, *dy;
+    float* out;
+    int64_t count;
 };
 
 // A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
@@ -129,6 +137,7 @@ WHIMBREL_EXPORT void whimbrel_conv_forward(const Conv* conv, int threads);
 WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
+WHIMBREL_EXPORT void whimbrel_relu2(const Relu2* relu2, int threads);
 WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);

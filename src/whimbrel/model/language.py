@@ -83,6 +83,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.weights_version = 0
+        self.share: Any = None
+        """How it is spread over processes, if it is (`parallel/apply.py`)."""
         self.embeddings: nn.Embedding | PackedEmbedding = nn.Embedding(
             config.vocab_size, config.hidden_size, device=device, dtype=dtype
         )

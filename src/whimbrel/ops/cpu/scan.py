@@ -14,7 +14,7 @@ from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import scan as vectorised
 
-PIECE = 512
+PIECE = 128
 """Tokens from one state that is kept for the backward pass to the next."""
 
 _Scan = structure(
@@ -66,22 +66,22 @@ class _Native(torch.autograd.Function):
         y, final, kept = fresh(*x.shape), torch.empty(segments.count, *state), torch.empty(len(keep), *state)
         saved = fresh(len(pieces[2]), *state) if learn and len(pieces[2]) > segments.count else None
         call("scan_forward", _describe((*row, initial), (y, final, kept, saved), pieces))
-        ctx.save_for_backward(*row, initial, y, saved)
+        ctx.save_for_backward(*row, initial, saved)
         ctx.pieces, ctx.state = pieces, (segments.count, *state)
         ctx.set_materialize_grads(False)
         return y, final, kept
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        *row, y, saved = ctx.saved_tensors
-        _, dt, a, b, c, _, initial = row
+        *row, saved = ctx.saved_tensors
+        x, dt, a, b, c, _, initial = row
         dy, dfinal, dkept = (None if g is None else g.contiguous() for g in gradients)
-        dy = torch.zeros_like(y) if dy is None else dy
-        dx, ddt, db, dc = fresh(*y.shape), torch.empty_like(dt), fresh(*b.shape), fresh(*c.shape)
+        dy = torch.zeros(x.shape) if dy is None else dy
+        dx, ddt, db, dc = fresh(*x.shape), torch.empty_like(dt), fresh(*b.shape), fresh(*c.shape)
         da, dd = torch.empty(ctx.state[0], len(a)), torch.empty(ctx.state[0], len(a))
         dinitial = None if initial is None else torch.empty(ctx.state)
         outputs = [address(v) for v in (dy, dfinal, dkept, dx, ddt, da, db, dc, dd, dinitial)]
-        call("scan_backward", _describe(row, (y, None, None, saved), ctx.pieces), _Gradients(*outputs))
+        call("scan_backward", _describe(row, (None, None, None, saved), ctx.pieces), _Gradients(*outputs))
         return dx, ddt, da.sum(0), db, dc, dd.sum(0), dinitial, None, None, None
 
 
