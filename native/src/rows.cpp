@@ -11,6 +11,11 @@ namespace {
 
 constexpr int64_t ahead = 4096;  // bytes between the weights in use and those asked for from memory
 
+// Zen 4 streams faster alone (33 against 29 GB/s of float16, 35.3 against 34.6 of int8), Zen 3 does not.
+[[gnu::always_inline]] inline void ask(const void* from) {
+    if (lanes < 16) __builtin_prefetch(static_cast<const char*>(from) + ahead);
+}
+
 using Kernel = void (*)(const Projection&, const Activations&, int64_t band, float* y, int64_t stride, int64_t from, int64_t to);
 
 // ---- float32 and float16, row by row: `unrolled` vectors of a row have their own running sums.
@@ -26,7 +31,7 @@ void floats(const Projection& p, const Activations& a, int64_t band, float* y, i
         for (; i + step <= inputs; i += step)
             UNROLL for (int u = 0; u < unrolled; u++) {
                 const int64_t at = i + u * lanes;
-                __builtin_prefetch(reinterpret_cast<const char*>(w + at) + ahead);
+                ask(w + at);
                 const vec weight = load(w + at);
                 UNROLL for (int s = 0; s < count; s++) total[s][u] += load(x + s * inputs + at) * weight;
             }
@@ -137,7 +142,7 @@ template <int count>
 inline void dot(const int8_t* w, const int8_t* codes, const int32_t* sums, __m256i (&acc)[count]) {
     UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_set1_epi32(16 * sums[s]);
     UNROLL for (int k = 0; k < 8; k++) {
-        if (k % 2 == 0) __builtin_prefetch(w + 32 * k + ahead);
+        if (k % 2 == 0) ask(w + 32 * k);
         const __m256i weight = _mm256_xor_si256(fetch(w + 32 * k), _mm256_set1_epi8(-128));
         UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_dpbusd_epi32(acc[s], weight, four(codes + (k * count + s) * 4));
     }
@@ -148,7 +153,7 @@ inline void dot(const uint8_t* w, const int8_t* codes, const int32_t* sums, __m2
     const __m256i low = _mm256_set1_epi8(15);
     UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_set1_epi32(sums[s]);
     UNROLL for (int k = 0; k < 4; k++) {
-        if (k % 2 == 0) __builtin_prefetch(w + 32 * k + ahead);
+        if (k % 2 == 0) ask(w + 32 * k);
         const __m256i both = fetch(w + 32 * k);
         const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
         UNROLL for (int s = 0; s < count; s++) {
@@ -164,7 +169,7 @@ inline void dot(const int8_t* w, const int8_t* codes, const int32_t*, __m256i (&
     const __m256i ones = _mm256_set1_epi16(1);
     UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_setzero_si256();
     UNROLL for (int k = 0; k < 8; k++) {
-        if (k % 2 == 0) __builtin_prefetch(w + 32 * k + ahead);
+        if (k % 2 == 0) ask(w + 32 * k);
         const __m256i weight = fetch(w + 32 * k), size = _mm256_abs_epi8(weight);
         UNROLL for (int s = 0; s < count; s++) {
             const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four(codes + (k * count + s) * 4), weight));
@@ -179,7 +184,7 @@ inline void dot(const uint8_t* w, const int8_t* codes, const int32_t* sums, __m2
     const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
     UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_setzero_si256();
     UNROLL for (int k = 0; k < 4; k++) {
-        if (k % 2 == 0) __builtin_prefetch(w + 32 * k + ahead);
+        if (k % 2 == 0) ask(w + 32 * k);
         const __m256i both = fetch(w + 32 * k);
         const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
         UNROLL for (int s = 0; s < count; s++) {
