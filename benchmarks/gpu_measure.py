@@ -411,7 +411,7 @@ def check(place: Place) -> Iterator[Record]:
 
 
 ROWS: dict[str, tuple[Callable[[Place], Iterator[Record]], float]] = {
-    "check": (check, 90), "ceilings": (ceilings, 40), "decode": (decode, 90), "scan": (scan, 90),
+    "check": (check, 150), "ceilings": (ceilings, 40), "decode": (decode, 90), "scan": (scan, 90),
     "whole_context": (whole_context, 90), "peers": (peers, 200), "long_prompts": (long_prompts, 120),
     "train": (train, 200), "fp8": (fp8, 120), "long_step": (long_step, 120),
 }  # fmt: skip
