@@ -44,8 +44,8 @@ def scan(width: int, size: int, lengths: list[int]) -> Case:
 
 
 def cases(small: bool, dtype: torch.dtype) -> list[Case]:
-    """Name, form, inputs in float64, and which of these stay float32. The scan in float32 at one shape alone: its kernels
-    compile slowly, and its wider ones need more shared memory than there is.
+    """Name, form, inputs in float64, and which of these stay float32. In float32 the scan has one shape alone:
+    the kernels take no wider ones, and compile slowly.
     """
     scans = [(64, 128), (80, 128), (64, 256)] if dtype == torch.bfloat16 else [(64, 128)]
     lengths, wide = (SHORT, 256) if small else (LENGTHS, 4480)
