@@ -198,6 +198,7 @@ def peers(place: Place) -> Iterator[Record]:
                 with capped(place, limit):
                     model = place.model(name)
                     made = plan(preset(name), memory=int(limit), context=into + out, bandwidth=bandwidth, peak=peak)
+                    first = plan(preset(name), memory=int(limit), context=into, bandwidth=bandwidth, peak=peak)
                     for rule, most in (("reserved", made.largest_batch), ("on demand", made.largest_batch_on_demand)):
                         batch = 2 if place.dry else min(most, 512)
                         if not batch:
@@ -209,7 +210,7 @@ def peers(place: Place) -> Iterator[Record]:
                         del step
                         prompt = reading(place, model, into)
                         rate = batch * out / (batch * prompt + out * seconds)
-                        rates[name, rule] = rate, batch * out / (batch * (made.prefill_seconds or 0) + out * floor)
+                        rates[name, rule] = rate, batch * out / (batch * (first.prefill_seconds or 0) + out * floor)
                         yield {"model": name, "cap": limit, "in": into, "out": out, "rule": rule, "batch": batch,
                                "step_seconds": seconds, "floor_seconds": floor, "share": floor / seconds,
                                "prefill_seconds": prompt, "output_tokens_per_second": rate,
