@@ -291,9 +291,8 @@ def trainer(
     place: Place, config: Any, tokens: int, documents: int, recompute: bool, fp8: str = "none", ends: int = 4
 ) -> Any:
     """One step of training as a function, the model, and its row of tokens."""
-    from whimbrel.train.recompute import recomputed
-
     from whimbrel.model import LanguageModel
+    from whimbrel.parallel.recompute import recomputed
     from whimbrel.train.objective import CrossEntropy
     from whimbrel.train.optimizer import OptimizerSettings, adamw
     from whimbrel.train.precision import Fp8, converted
