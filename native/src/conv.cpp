@@ -10,77 +10,87 @@
 namespace whimbrel::WHIMBREL_ISA {
 namespace {
 
-constexpr int64_t band = 64;  // channels a task works on, so that its rows stay in the first-level cache
-
 // The input row at place t of a sequence; places -W+1 … -1 are its initial rows.
 const float* row(const Conv& c, int64_t sequence, int64_t t) {
     if (t >= 0) return c.x + (c.offsets[sequence] + t) * c.x_stride;
     return c.initial + (sequence * (c.width - 1) + t + c.width - 1) * c.channels;
 }
 
-void forward_band(const Conv& c, int64_t from, int64_t to) {
-    const int64_t history = c.width - 1;
-    for (int64_t s = 0; s < c.sequences; s++) {
-        const int64_t length = c.offsets[s + 1] - c.offsets[s];
-        for (int64_t t = 0; t < length; t++) {
-            float* pre = c.pre + (c.offsets[s] + t) * c.channels;
-            float* y = c.y + (c.offsets[s] + t) * c.channels;
-            for (int64_t i = from; i < to; i++) pre[i] = c.bias ? c.bias[i] : 0.0f;
-            for (int64_t k = 0; k < c.width; k++) {
-                const float *x = row(c, s, t - history + k), *w = c.weight + k * c.channels;
-                for (int64_t i = from; i < to; i++) pre[i] += w[i] * x[i];
-            }
-            for (int64_t i = from; i < to; i++) y[i] = pre[i] * sigmoid(pre[i]);
+void forward_band(const Conv& c, int64_t s, int64_t from, int64_t to) {
+    const int64_t history = c.width - 1, length = c.offsets[s + 1] - c.offsets[s];
+    std::vector<const float*> taps(c.width);
+    for (int64_t t = 0; t < length; t++) {
+        float *pre = c.pre + (c.offsets[s] + t) * c.channels, *y = c.y + (c.offsets[s] + t) * c.channels;
+        for (int64_t k = 0; k < c.width; k++) taps[k] = row(c, s, t - history + k);
+        for (int64_t i = from; i < to; i += lanes) {
+            const int64_t n = to - i;
+            vec v = c.bias ? load(c.bias + i, n) : vec{};
+            for (int64_t k = 0; k < c.width; k++) v += load(c.weight + k * c.channels + i, n) * load(taps[k] + i, n);
+            store(pre + i, v, n), store(y + i, v * sigmoid(v), n);
         }
-        for (int64_t k = 0; k < history; k++)
-            std::copy(row(c, s, length - history + k) + from, row(c, s, length - history + k) + to,
-                      c.tail + (s * history + k) * c.channels + from);
     }
+    for (int64_t k = 0; k < history; k++)
+        std::copy(row(c, s, length - history + k) + from, row(c, s, length - history + k) + to,
+                  c.tail + (s * history + k) * c.channels + from);
 }
 
+// dx_u = sum_k w_k dpre_{u + W-1 - k} is complete when dpre_{u + W-1} is known: W rows of dpre lie in a ring.
 void backward_band(const Conv& c, const ConvGradients& out, int64_t from, int64_t to) {
-    const int64_t history = c.width - 1, wide = to - from;
-    std::vector<float> dpre(wide), dw(c.width * wide, 0), db(wide, 0);
+    const int64_t history = c.width - 1, wide = round_up(to - from);
+    std::vector<float> ring(c.width * wide), dw(c.width * wide), db(wide);
     for (int64_t s = 0; s < c.sequences; s++) {
         const int64_t length = c.offsets[s + 1] - c.offsets[s];
-        const auto target = [&](int64_t t) {
-            return t >= 0 ? out.dx + (c.offsets[s] + t) * c.channels : out.dinitial + (s * history + t + history) * c.channels;
-        };
-        for (int64_t t = -history; t < length; t++) std::fill(target(t) + from, target(t) + to, 0.0f);
-        for (int64_t k = 0; k < history; k++) {
-            const float* dtail = out.dtail + (s * history + k) * c.channels;
-            float* to_row = target(length - history + k);
-            for (int64_t i = from; i < to; i++) to_row[i] += dtail[i];
-        }
-        for (int64_t t = 0; t < length; t++) {
-            const float *pre = c.pre + (c.offsets[s] + t) * c.channels, *dy = out.dy + (c.offsets[s] + t) * c.channels;
-            for (int64_t i = from; i < to; i++) {
-                const float gate = sigmoid(pre[i]);
-                dpre[i - from] = dy[i] * gate * (1.0f + pre[i] * (1.0f - gate));
-                db[i - from] += dpre[i - from];
-            }
-            for (int64_t k = 0; k < c.width; k++) {
-                const float *x = row(c, s, t - history + k), *w = c.weight + k * c.channels;
-                float *dx = target(t - history + k), *dwk = &dw[k * wide];
-                for (int64_t i = from; i < to; i++) dx[i] += w[i] * dpre[i - from];
-                for (int64_t i = from; i < to; i++) dwk[i - from] += x[i] * dpre[i - from];
+        std::fill(ring.begin(), ring.end(), 0.0f);
+        for (int64_t t = 0; t < length + history; t++) {
+            float* own = &ring[t % c.width * wide];
+            const int64_t place = (c.offsets[s] + t) * c.channels, u = t - history;
+            float* dx = u >= 0 ? out.dx + (c.offsets[s] + u) * c.channels : out.dinitial + (s * history + t) * c.channels;
+            const float* dtail = u >= length - history ? out.dtail + (s * history + u - length + history) * c.channels : nullptr;
+            for (int64_t i = from; i < to; i += lanes) {
+                const int64_t n = to - i, j = i - from;
+                vec d{};
+                if (t < length) {
+                    const vec pre = load(c.pre + place + i, n), gate = sigmoid(pre);
+                    d = load(out.dy + place + i, n) * gate * (1.0f + pre * (1.0f - gate));
+                    store(&db[j], load(&db[j]) + d);
+                    for (int64_t k = 0; k < c.width; k++) {
+                        float* sum = &dw[k * wide + j];
+                        store(sum, load(sum) + load(row(c, s, u + k) + i, n) * d);
+                    }
+                }
+                store(own + j, d);
+                vec total = dtail ? load(dtail + i, n) : vec{};
+                for (int64_t k = 0; k <= std::min(t, history); k++)
+                    total += load(c.weight + k * c.channels + i, n) * load(&ring[(t - k) % c.width * wide + j]);
+                store(dx + i, total, n);
             }
         }
     }
-    for (int64_t k = 0; k < c.width; k++) std::copy_n(&dw[k * wide], wide, out.dweight + k * c.channels + from);
-    std::copy_n(db.data(), wide, out.dbias + from);
+    for (int64_t k = 0; k < c.width; k++) std::copy_n(&dw[k * wide], to - from, out.dweight + k * c.channels + from);
+    std::copy_n(db.data(), to - from, out.dbias + from);
+}
+
+// Channels of a task: about 64, so that its rows stay in the first-level cache, and as many tasks for each thread.
+int64_t band(int64_t channels, int threads) {
+    const int64_t bands = ((channels + 63) / 64 + threads - 1) / threads * threads;
+    return round_up((channels + bands - 1) / bands);
 }
 
 }  // namespace
 
 void conv_forward(const Conv& c, int threads) {
+    const int64_t wide = band(c.channels, threads), bands = (c.channels + wide - 1) / wide;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t from = 0; from < c.channels; from += band) forward_band(c, from, std::min(c.channels, from + band));
+    for (int64_t task = 0; task < bands * c.sequences; task++) {
+        const int64_t from = task / c.sequences * wide;
+        forward_band(c, task % c.sequences, from, std::min(c.channels, from + wide));
+    }
 }
 
 void conv_backward(const Conv& c, const ConvGradients& out, int threads) {
+    const int64_t wide = band(c.channels, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t from = 0; from < c.channels; from += band) backward_band(c, out, from, std::min(c.channels, from + band));
+    for (int64_t from = 0; from < c.channels; from += wide) backward_band(c, out, from, std::min(c.channels, from + wide));
 }
 
 }  // namespace whimbrel::WHIMBREL_ISA

@@ -4,6 +4,13 @@
 
 #include "whimbrel.h"
 
+#define DECLARE_PRODUCTS(isa)          \
+    namespace whimbrel::isa {          \
+    void gemm(const Gemm&, int);       \
+    void linear(const Linear&, int);   \
+    void decode(const Decode&, int);   \
+    }
+
 #define DECLARE(isa)                                                              \
     namespace whimbrel::isa {                                                     \
     void scan_forward(const Scan&, int);                                          \
@@ -12,10 +19,9 @@
     void conv_backward(const Conv&, const ConvGradients&, int);                   \
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
-    void gemm(const Gemm&, int);                                                  \
-    void linear(const Linear&, int);                                              \
-    void decode(const Decode&, int);                                              \
-    }
+    void relu2(const Relu2&, int);                                                \
+    }                                                                             \
+    DECLARE_PRODUCTS(isa)
 
 DECLARE(baseline)
 #ifdef WHIMBREL_AVX2
@@ -23,6 +29,7 @@ DECLARE(avx2)
 #endif
 #ifdef WHIMBREL_AVX512
 DECLARE(avx512)
+DECLARE_PRODUCTS(vnni)
 #endif
 
 namespace {
@@ -36,26 +43,33 @@ struct Form {
     void (*conv_backward)(const Conv&, const ConvGradients&, int);
     void (*gated_norm_forward)(const GatedNorm&, int);
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
+    void (*relu2)(const Relu2&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*decode)(const Decode&, int);
 };
 
-#define FORM(isa, here)                                                                                           \
-    Form{#isa, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,      \
+#define FORM(name, isa, products, here)                                                                       \
+    Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::gemm, whimbrel::isa::linear, whimbrel::isa::decode}
+         whimbrel::isa::relu2, whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
+
+#ifdef WHIMBREL_AVX512
+bool wide() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
 
 const Form forms[] = {
 #ifdef WHIMBREL_AVX512
-    FORM(avx512, [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
+    FORM("vnni", avx512, vnni, [] { return wide() && __builtin_cpu_supports("avx512vnni"); }),
+    FORM("avx512", avx512, avx512, wide),
 #endif
 #ifdef WHIMBREL_AVX2
-    FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
+    FORM("avx2", avx2, avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
 #endif
-    FORM(baseline, [] { return true; }),
+    FORM("baseline", baseline, baseline, [] { return true; }),
 };
 
 const Form* best() {
@@ -95,6 +109,8 @@ void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads) { now->gate
 void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads) {
     now->gated_norm_backward(*norm, *gradients, threads);
 }
+
+void whimbrel_relu2(const Relu2* relu2, int threads) { now->relu2(*relu2, threads); }
 
 void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 

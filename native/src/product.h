@@ -174,7 +174,6 @@ inline void pack(const float* from, int64_t from_row, int64_t high, int64_t widt
 // A square of vectors, turned in place: log2(lanes) rounds of exchanges at distance 1, 2, 4 ...
 template <int distance>
 [[gnu::always_inline]] inline void exchange(vec (&v)[lanes]) {
-    typedef int32_t places __attribute__((vector_size(4 * WHIMBREL_LANES)));
     constexpr auto mask = [](int shift) {
         places m{};
         for (int l = 0; l < lanes; l++) m[l] = l & distance ? l + (shift ? 0 : lanes - distance) : l;

@@ -5,13 +5,14 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "codes.h"
 #include "scratch.h"
+#include "vector.h"
 #include "whimbrel.h"
 
 namespace whimbrel::WHIMBREL_ISA {
 
 constexpr int64_t most_rows = 8;  // of x in one pass over a weight in registers
-constexpr int64_t block = 32;     // inputs that share a scale in quantised activations
 
 enum Kind : int64_t { float32, float16, int8, int4 };
 
@@ -21,7 +22,7 @@ struct Activations {
     float* x;        // [rows, inputs]
     int8_t* codes;   // [band][inputs / 4][row of the band][4]
     float* scales;   // [band][inputs / 32][row of the band]
-    int32_t* sums;   // the same: 8 times the sum of 32 codes
+    int32_t* sums;   // the same: -8 times the sum of 32 codes
     int64_t rows, inputs;
 
     static size_t bytes(int64_t rows, int64_t inputs) {

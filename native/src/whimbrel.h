@@ -45,7 +45,8 @@ struct ConvGradients {
     float *dx, *dweight, *dbias, *dinitial;
 };
 
-// RMSNorm(y * silu(gate)) in groups of `width` channels, times weight; scale [T, groups] keeps 1 / rms. gate has its own row distance.
+// RMSNorm(y * silu(gate)) in groups of `width` channels, times weight; scale [T, groups] keeps 1 / rms. gate has its own row
+// distance; null: RMSNorm(y) without a gate.
 struct GatedNorm {
     const float *y, *gate, *weight;
     float *out, *scale;
@@ -56,6 +57,13 @@ struct GatedNorm {
 struct GatedNormGradients {
     const float* dout;
     float *dy, *dgate, *dweight;  // dweight [threads, groups * width], as zeros
+};
+
+// out [count] = max(x, 0)^2, or with dy not null its gradient.
+struct Relu2 {
+    const float *x, *dy;
+    float* out;
+    int64_t count;
 };
 
 // A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
@@ -121,7 +129,7 @@ struct Decode {
     float eps, least_step, most_step;
 };
 
-WHIMBREL_EXPORT const char* whimbrel_isa();             // avx512, avx2 or baseline: what runs now
+WHIMBREL_EXPORT const char* whimbrel_isa();             // vnni (AVX-512 with it), avx512, avx2 or baseline
 WHIMBREL_EXPORT int whimbrel_use(const char* isa);      // 0 if that instruction set is not here
 WHIMBREL_EXPORT void whimbrel_scan_forward(const Scan* scan, int threads);
 WHIMBREL_EXPORT void whimbrel_scan_backward(const Scan* scan, const ScanGradients* gradients, int threads);
@@ -129,6 +137,7 @@ WHIMBREL_EXPORT void whimbrel_conv_forward(const Conv* conv, int threads);
 WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
+WHIMBREL_EXPORT void whimbrel_relu2(const Relu2* relu2, int threads);
 WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);

@@ -119,6 +119,8 @@ def test_from_tuned_to_merged(taught: dict[str, Path], tmp_path: Path) -> None:
     assert scores[right].mean() > scores[~right].mean()
     go("grpo", given, tmp_path / "grpo")
     assert max(lines(tmp_path / "grpo", "drift_max")) < 1e-3
+    away = lines(tmp_path / "grpo", "kl")  # from the model at the start, which stays
+    assert away[0] == pytest.approx(0, abs=1e-7) and away[-1] > 1e-5
     ends = {"first": taught["model"], "second": tmp_path / "grpo", "validation": taught["validation"]}
     asked = merge.MergeSettings(alphas=(0.5,), prompts=8, max_tokens=40, device="cpu")
     merge.run(asked, ends, tmp_path / "merge", silent)

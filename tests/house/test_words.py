@@ -44,7 +44,8 @@ def commands(page: Path) -> list[str]:
 
 def check(line: str) -> None:
     """Parse one command as the program would, and read the settings it gives; fails if either does not exist."""
-    _, *words = shlex.split(line)
+    line = re.sub(r"\$\(cat (\S+)\)", lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), line)
+    _, *words = shlex.split(line, comments=True)
     if words[0].startswith("-") or PLACEHOLDER.match(words[0]) or words[0] in ("...", "…"):
         return
     assert words[0] in GROUP.commands, f"{line}: no command {words[0]}"

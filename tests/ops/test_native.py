@@ -131,6 +131,30 @@ def test_gated_norm(tokens, groups, width, seed):
     )
 
 
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.integers(1, 40), width=st.integers(1, 70), seed=st.integers(0, 99))
+def test_rms_norm_and_squared_relu(tokens, width, seed):
+    g = torch.Generator().manual_seed(seed)
+    leaves = [3 * torch.randn(tokens, width, generator=g), torch.randn(width, generator=g)]
+    for native, true, inputs in (
+        (cpu.rms_norm, vectorised.rms_norm, leaves),
+        (lambda x, _, __: cpu.relu2(x), lambda x, _, __: vectorised.relu2(x), leaves[:1]),
+    ):
+        compare(
+            lambda *v, f=native: [f(v[0], v[-1], 1e-5)],
+            lambda *v, f=true: [f(v[0], v[-1], 1e-5)],
+            inputs,
+            seed,
+        )
+
+
+def test_a_norm_of_heads_keeps_their_shape():
+    x, weight = torch.randn(5, 3, 8), torch.randn(8)
+    assert (
+        gap(cpu.rms_norm(x.transpose(0, 1), weight, 1e-5), vectorised.rms_norm(x.transpose(0, 1), weight, 1e-5)) < 2e-5
+    )
+
+
 def scan_of_slices(tokens=200, heads=4, width=16, groups=2, size=16):
     """x, B and C as slices of one wide row, as the model hands them over."""
     g = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from whimbrel.errors import UserError
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.language import LanguageModel
-from whimbrel.parallel import Axes, applied
+from whimbrel.parallel import Axes, applied, collectives, tensor
 from whimbrel.parallel.tensor import cuts
 
 CONFIG = ModelConfig(
@@ -74,3 +74,20 @@ def test_heads_and_their_groups_stay_together() -> None:
     z, x, b, c, dt = 0, 16, 32, 40, 48
     heads = [*range(8, 16)]
     assert mine == [*(z + i for i in heads), *(x + i for i in heads), *range(b + 4, c), *range(c + 4, dt), 50, 51]
+
+
+def test_the_last_projection_keeps_its_form_and_adds_its_bias_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks that hold the same: the sum is twice the product, and one bias."""
+    monkeypatch.setattr(collectives, "add", lambda x, group: 2 * x)
+    last, x, used = torch.nn.Linear(4, 3), torch.randn(5, 4), []
+
+    def product(x: Tensor) -> Tensor:
+        used.append(True)
+        return torch.nn.functional.linear(x, last.weight, last.bias)
+
+    group: Any = None
+    seen = tensor._gathered(last, product, group, x)
+    torch.testing.assert_close(seen, 2 * x @ last.weight.t() + last.bias)
+    assert used and isinstance(last.bias, torch.nn.Parameter)
+    seen.sum().backward()
+    assert last.bias.grad is not None and torch.equal(last.bias.grad, torch.full((3,), 5.0))

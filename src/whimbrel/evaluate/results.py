@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from whimbrel.evaluate import statistics
 from whimbrel.evaluate.runner import DOWN, OUTCOMES, well_formed
 
 Sample = Mapping[str, Any]
+NOTHING = "the evaluation `against` answers none of these problems under these budgets; name one of the same tasks"
 FILE, SAMPLES = "results.json", "samples.jsonl"
 
 
@@ -106,6 +107,13 @@ def summary(samples: Sequence[Sample]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def check_common(before: Sequence[Sample], asked: Iterable[Sample]) -> None:
+    """`UserError`, before anything is generated, where `before` knows none of what is asked: task, budget, prompt."""
+    known = {(sample["task"], sample["budget"], _asked(sample)) for sample in before}
+    if not any((one["task"], one["budget"], _asked(one)) in known for one in asked):
+        raise UserError(NOTHING)
+
+
 def thinking(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What a budget's curve says in four figures; nothing for fewer than three budgets besides off, or without off.
 
@@ -144,7 +152,7 @@ def compared(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, lis
             pair = statistics.paired([others[name] for name in both], [means[name] for name in both])
             found.setdefault(task, []).append({"budget": budget, **pair})
     if not found:
-        raise UserError("the evaluation `against` answers none of these problems; name one of the same tasks")
+        raise UserError(NOTHING)
     return found
 
 

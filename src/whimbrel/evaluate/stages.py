@@ -23,7 +23,7 @@ from whimbrel.evaluate import results, statistics
 from whimbrel.evaluate.generations import Generations, digest
 from whimbrel.evaluate.loss import LossSettings, by_position
 from whimbrel.evaluate.needle import NeedleSettings, needles
-from whimbrel.evaluate.runner import Request, generate, requests, score
+from whimbrel.evaluate.runner import Request, generate, requests, sample_of, score
 from whimbrel.evaluate.tasks import Item, TaskSettings, read
 from whimbrel.events import Report
 from whimbrel.files import atomic_write
@@ -80,6 +80,8 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path, repor
     model = LanguageModel.load(folder, dtype=settings.dtype, device=torch_device(settings.device)).eval()
     tokenizer, known = Tokenizer.load(folder), digest(folder)
     wanted = ask(settings, problems, tokenizer, known)
+    if before is not None and wanted:
+        results.check_common(before, map(sample_of, wanted))
     engine = Engine(model, tokenizer, max_sequences=settings.batch, report=report)
     with Generations((settings.generations or out.parent / "generations") / f"{known}.jsonl") as store:
         refused = generate(engine, wanted, store, report)

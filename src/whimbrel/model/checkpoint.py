@@ -2,7 +2,7 @@
 
 Loading builds the model without memory, checks every name, shape and kind of number before it reads one weight, then
 reads tensor by tensor straight to dtype and device: the peak is the model and one tensor. Nothing is re-initialised.
-Matrices of few bits (and float16 ones, which a CPU multiplies in float32) are not read but mapped, and used in place.
+Matrices of few bits (and float16 ones, which a CPU multiplies in float32) of large models are mapped and used in place.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+MAPPED = 2**31
+"""Bytes of codes and scales above which a file is used where it is mapped, not copied to huge pages."""
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 INERT = re.compile(r"rotary_emb\.inv_freq$")  # a table that old Llama files carry; it follows from the config
 
@@ -206,7 +208,8 @@ def _same(source: Source, head: str | None, embeddings: str, where: Path) -> Non
 def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device: torch.device, where: Path) -> None:
     """Give every tensor of a model on the meta device its values. All shapes are checked before one is read.
 
-    Codes and scales stay where the file is mapped, if they lie there as the model wants them and it is on a CPU.
+    On a CPU codes and scales of more than `MAPPED` bytes stay where the file is mapped, if they lie there as the model
+    wants them. Fewer are copied to huge pages, from which they are read twice as fast.
     """
     wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert set(wanted) == set(table), f"the name map and the model differ: {set(wanted) ^ set(table)}"
@@ -217,6 +220,8 @@ def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device:
                 f"{where}: tensor {theirs} is {list(found)}, but config.json asks for {list(shape)}; use its own config"
             )
     mapped = _mapped(wanted, source, table, where)
+    if sum(tensor.nbytes for tensor in mapped.values()) <= MAPPED:
+        mapped = {}
     copied = [tensor for ours, tensor in wanted.items() if ours not in mapped]
     arena = Arena(sum(t.nbytes for t in copied), len(copied)) if device.type == "cpu" else None
     for ours, theirs in table.items():

@@ -102,7 +102,7 @@ def cut(model: LanguageModel, share: Share) -> None:
         mixer.config = smaller
         mixer.forward = partial(_spread, mixer.forward, group)
         last = next(getattr(mixer, name) for name in ("out_proj", "o_proj", "down_proj") if hasattr(mixer, name))
-        last.forward = partial(_gathered, last, group)
+        last.forward = partial(_gathered, last, last.forward, group)
     rows = model.config.vocab_size // ranks
     assert isinstance(model.embeddings, nn.Embedding)
     model.embeddings.forward = partial(_look_up, model.embeddings, rank * rows, group)  # type: ignore[method-assign]
@@ -114,10 +114,18 @@ def _spread(mixer: Callable[..., Tensor], group: distributed.ProcessGroup, x_TD:
     return mixer(collectives.copy(x_TD, group), *rest)
 
 
-def _gathered(last: nn.Linear, group: distributed.ProcessGroup, x: Tensor) -> Tensor:
-    """The projection back to the stream: a part of the sum here; the bias comes once, after it."""
-    y_TD = collectives.add(F.linear(x, last.weight), group)
-    return y_TD if last.bias is None else y_TD + last.bias
+def _gathered(
+    last: nn.Linear, product: Callable[[Tensor], Tensor], group: distributed.ProcessGroup, x: Tensor
+) -> Tensor:
+    """The projection back to the stream, in whatever form it had (FP8): a part of the sum; the bias comes once, after
+    it.
+    """
+    bias, last._parameters["bias"] = last.bias, None
+    try:
+        y_TD = collectives.add(product(x), group)
+    finally:
+        last._parameters["bias"] = bias
+    return y_TD if bias is None else y_TD + bias
 
 
 def _look_up(embeddings: nn.Embedding, first: int, group: distributed.ProcessGroup, tokens_T: Tensor) -> Tensor:

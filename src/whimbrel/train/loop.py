@@ -143,14 +143,13 @@ def train(
         optimizer = adamw(model, settings.optimizer)
         state = _begin(settings, precision, objective, source, model, checkpoints, report)
         stack.enter_context(threads.using(state.threads))
-        figures = state.figures
+        figures, held_out = state.figures, dict[str, float]()
         meter = Meter(model.config, model.device, precision, int(figures.get("tokens", 0)), figures.get("seconds", 0.0))
         if state.step:
             checkpointing.load(checkpointing.path_of(checkpoints, state.step), model, optimizer)
             model.touch()
         log = stack.enter_context(closing(_book(folder, state, settings, share, report)))
         saver = stack.enter_context(closing(Saver(checkpoints, settings.keep, share, settings.asynchronous)))
-        held_out: dict[str, float] = {}
         session = time.perf_counter()
         for step in range(state.step, settings.steps + 1):
             if validation is not None and (step % settings.validate_every == 0 or step == settings.steps):
@@ -158,8 +157,7 @@ def train(
                 log.write({"step": step} | held_out)
             if step == settings.steps:
                 break
-            start = time.perf_counter()
-            first = step * settings.accumulate
+            start, first = time.perf_counter(), step * settings.accumulate
             batches = [source.batch(first + i) for i in share.mine(settings.accumulate)]
             rate = settings.optimizer.learning_rate * settings.schedule.share(step, settings.steps)
             set_learning_rate(optimizer, rate)

@@ -144,13 +144,11 @@ def plan(
 
     Raises UserError for axes that do not fit the model.
     """
-    axes = settings.parallel
-    axes.check_model(config)
+    (axes := settings.parallel).check_model(config)
     if length < 1 or rows < 1:
         raise UserError(f"context is {length}, batch {rows}; set both to 1 or more, for example 8192 and 1")
     tokens = rows * length
-    weights, largest = held_bytes(config, axes)
-    small = local_config(config, axes.tensor)
+    (weights, largest), small = held_bytes(config, axes), local_config(config, axes.tensor)
     lengths, rest = [length] * (rows // axes.context), rows % axes.context * length // axes.context
     shape = (small, [*lengths, *[rest] * (rest > 0)], getattr(torch, precision))
     kept = {on: activation_bytes(*shape, on) for on in (True, False)}

@@ -7,7 +7,7 @@ from whimbrel.ops.cpu.decode import Decode, network
 from whimbrel.ops.cpu.library import fits, isa, load, use
 from whimbrel.ops.cpu.linear import FEW, linear
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
-from whimbrel.ops.cpu.pointwise import conv, gated_norm
+from whimbrel.ops.cpu.pointwise import conv, gated_norm, relu2, rms_norm
 from whimbrel.ops.cpu.scan import ssd
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "load",
     "network",
     "readable",
+    "relu2",
+    "rms_norm",
     "ssd",
     "use",
 ]

@@ -1,7 +1,8 @@
-"""The native convolution and gated norm (native/src/conv.cpp, gated_norm.cpp), one pass over memory each way."""
+"""The native convolution, norms and squared ReLU (native/src/conv.cpp, gated_norm.cpp), one pass each way."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ _Conv = structure("Conv", "x weight bias initial y pre tail offsets", "sequences
 _ConvGradients = structure("ConvGradients", "dy dtail dx dweight dbias dinitial", "")
 _Norm = structure("GatedNorm", "y gate weight out scale", "tokens groups width gate_stride", "eps")
 _NormGradients = structure("GatedNormGradients", "dout dy dgate dweight", "")
+_Relu2 = structure("Relu2", "x dy out", "count")
 
 
 class _NativeConv(torch.autograd.Function):
@@ -66,11 +68,11 @@ def conv(
     return y_TI, tail.transpose(1, 2)
 
 
-class _NativeGatedNorm(torch.autograd.Function):
+class _NativeNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(ctx: Any, y_TD: Tensor, gate_TD: Tensor | None, weight_D: Tensor, groups: int, eps: float) -> Tensor:
         y_TD, weight_D = y_TD.contiguous(), weight_D.contiguous()
-        gate_TD = gate_TD if gate_TD.stride(1) == 1 else gate_TD.contiguous()
+        gate_TD = gate_TD if gate_TD is None or gate_TD.stride(1) == 1 else gate_TD.contiguous()
         out, scale = torch.empty_like(y_TD), torch.empty(y_TD.shape[0], groups)
         call("gated_norm_forward", _norm(y_TD, gate_TD, weight_D, out, scale, eps))
         ctx.save_for_backward(y_TD, gate_TD, weight_D, scale)
@@ -81,20 +83,53 @@ class _NativeGatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         y_TD, gate_TD, weight_D, scale = ctx.saved_tensors
         dout = gradients[0].contiguous()
-        dy, dgate = torch.empty_like(y_TD), torch.empty_like(y_TD)
+        dy, dgate = torch.empty_like(y_TD), None if gate_TD is None else torch.empty_like(y_TD)
         dweight = torch.zeros(torch.get_num_threads(), weight_D.shape[0])
         outputs = _NormGradients(*(address(v) for v in (dout, dy, dgate, dweight)))
         call("gated_norm_backward", _norm(y_TD, gate_TD, weight_D, None, scale, ctx.eps), outputs)
         return dy, dgate, dweight.sum(0), None, None
 
 
-def _norm(y: Tensor, gate: Tensor, weight: Tensor, out: Tensor | None, scale: Tensor, eps: float) -> Any:
+def _norm(
+    y: Tensor, gate: Tensor | None, weight: Tensor, out: Tensor | None, scale: Tensor, eps: float
+) -> ctypes.Structure:
     pointers = [address(v) for v in (y, gate, weight, out, scale)]
-    return _Norm(*pointers, y.shape[0], scale.shape[1], y.shape[1] // scale.shape[1], gate.stride(0), eps)
+    stride = 0 if gate is None else gate.stride(0)
+    return _Norm(*pointers, y.shape[0], scale.shape[1], y.shape[1] // scale.shape[1], stride, eps)
 
 
 def gated_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps: float) -> Tensor:
     """As `ops.torch.gated_norm`, in float32 on a CPU."""
     if y_TD.dim() != 2 or not fits(y_TD, gate_TD, weight_D):
         return norm.gated_norm(y_TD, gate_TD, weight_D, groups, eps)
-    return _NativeGatedNorm.apply(y_TD, gate_TD, weight_D, groups, eps)
+    return _NativeNorm.apply(y_TD, gate_TD, weight_D, groups, eps)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """As `ops.torch.rms_norm`, in float32 on a CPU."""
+    if not fits(x_TD, weight_D):
+        return norm.rms_norm(x_TD, weight_D, eps)
+    flat = x_TD if x_TD.dim() == 2 else x_TD.reshape(-1, x_TD.shape[-1])
+    return _NativeNorm.apply(flat, None, weight_D, 1, eps).view(x_TD.shape)
+
+
+class _NativeRelu2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        call("relu2", _Relu2(address(x), None, address(out), x.numel()))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        dy, dx = gradients[0].contiguous(), torch.empty_like(x)
+        call("relu2", _Relu2(address(x), address(dy), address(dx), x.numel()))
+        return dx
+
+
+def relu2(x: Tensor) -> Tensor:
+    """As `ops.torch.relu2`, in float32 on a CPU."""
+    return _NativeRelu2.apply(x) if fits(x) else norm.relu2(x)
