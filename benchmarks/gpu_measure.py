@@ -198,6 +198,7 @@ def peers(place: Place) -> Iterator[Record]:
                 with capped(place, limit):
                     model = place.model(name)
                     made = plan(preset(name), memory=int(limit), context=into + out, bandwidth=bandwidth, peak=peak)
+                    first = plan(preset(name), memory=int(limit), context=into, bandwidth=bandwidth, peak=peak)
                     for rule, most in (("reserved", made.largest_batch), ("on demand", made.largest_batch_on_demand)):
                         batch = 2 if place.dry else min(most, 512)
                         if not batch:
@@ -209,7 +210,7 @@ def peers(place: Place) -> Iterator[Record]:
                         del step
                         prompt = reading(place, model, into)
                         rate = batch * out / (batch * prompt + out * seconds)
-                        rates[name, rule] = rate, batch * out / (batch * (made.prefill_seconds or 0) + out * floor)
+                        rates[name, rule] = rate, batch * out / (batch * (first.prefill_seconds or 0) + out * floor)
                         yield {"model": name, "cap": limit, "in": into, "out": out, "rule": rule, "batch": batch,
                                "step_seconds": seconds, "floor_seconds": floor, "share": floor / seconds,
                                "prefill_seconds": prompt, "output_tokens_per_second": rate,
@@ -290,9 +291,8 @@ def trainer(
     place: Place, config: Any, tokens: int, documents: int, recompute: bool, fp8: str = "none", ends: int = 4
 ) -> Any:
     """One step of training as a function, the model, and its row of tokens."""
-    from whimbrel.train.recompute import recomputed
-
     from whimbrel.model import LanguageModel
+    from whimbrel.parallel.recompute import recomputed
     from whimbrel.train.objective import CrossEntropy
     from whimbrel.train.optimizer import OptimizerSettings, adamw
     from whimbrel.train.precision import Fp8, converted
@@ -411,7 +411,7 @@ def check(place: Place) -> Iterator[Record]:
 
 
 ROWS: dict[str, tuple[Callable[[Place], Iterator[Record]], float]] = {
-    "check": (check, 90), "ceilings": (ceilings, 40), "decode": (decode, 90), "scan": (scan, 90),
+    "check": (check, 150), "ceilings": (ceilings, 40), "decode": (decode, 90), "scan": (scan, 90),
     "whole_context": (whole_context, 90), "peers": (peers, 200), "long_prompts": (long_prompts, 120),
     "train": (train, 200), "fp8": (fp8, 120), "long_step": (long_step, 120),
 }  # fmt: skip

@@ -401,7 +401,10 @@ def ssd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.torch.ssd`: x, B and C in bfloat16 or float32; states, decays and all sums in float32."""
     row, width, size = (x_THP, dt_TH, a_H, b_TGN, c_TGN, d_H), x_THP.shape[2], b_TGN.shape[2]
-    if not segments.tokens or not fits(*row, initial_SHPN) or max(width, size // 2) > 128:
+    # In float32 the wider shapes need more shared memory than an H200 has.
+    room = 64 * 128 if x_THP.dtype == torch.float32 else 128 * 256
+    small = power(width, 16) * power(size, 16) <= room and max(width, size // 2) <= 128
+    if not segments.tokens or not fits(*row, initial_SHPN) or not small:
         return vectorised.ssd(*row, segments, initial_SHPN, keep)
     x, b, c = (_dense(v.to(x_THP.dtype)) for v in (x_THP, b_TGN, c_TGN))
     dt_HT = dt_TH.float().t().contiguous()
