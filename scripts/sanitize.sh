@@ -31,4 +31,4 @@ export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS PYTHONPATH
 found=$("$python" -c 'from whimbrel.ops.cpu import library; print(library.load()[0]._name)')
 [ "$found" = "$place/libwhimbrel.so" ] || { echo "the package loads $found, not the library that was built here" >&2; exit 1; }
 [ $# -gt 0 ] || set -- tests/ops
-exec "$python" -m pytest -q -p no:cacheprovider -m "not slow" "$@"
+exec "$python" -m pytest -q -p no:cacheprovider --capture=sys -m "not slow" "$@"

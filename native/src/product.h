@@ -107,7 +107,8 @@ template <int high, int broad>
 template <int high, int broad>
 void product_tile(const Product& p, int64_t row, int64_t lane) {
     vec acc[high][broad] = {};
-    sweep<high, broad>(acc, p.a + row * p.a_row, p.a_row, p.a_step, p.b + lane, p.b_step, p.depth);
+    if (p.depth)  // a and b may be null without
+        sweep<high, broad>(acc, p.a + row * p.a_row, p.a_row, p.a_step, p.b + lane, p.b_step, p.depth);
     if (p.scale) {
 #pragma GCC unroll 8
         for (int r = 0; r < high; r++)
