@@ -70,9 +70,9 @@ void backward_band(const Conv& c, const ConvGradients& out, int64_t from, int64_
     std::copy_n(db.data(), to - from, out.dbias + from);
 }
 
-// Channels of a task: about 64, so that its rows stay in the first-level cache, and as many tasks for each thread.
+// Channels of a task: at most 512, so that W rows of sums stay in the first-level cache, and as many tasks for each thread.
 int64_t band(int64_t channels, int threads) {
-    const int64_t bands = ((channels + 63) / 64 + threads - 1) / threads * threads;
+    const int64_t bands = ((channels + 511) / 512 + threads - 1) / threads * threads;
     return round_up((channels + bands - 1) / bands);
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.ops.cpu.library import address, call, fits, structure
+from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import convolution, norm
 
@@ -26,7 +27,7 @@ class _NativeConv(torch.autograd.Function):
     ) -> Any:
         x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
         weight_WI, initial = weight_IW.t().contiguous(), initial.contiguous()
-        y, pre, tail = torch.empty(x_TI.shape), torch.empty(x_TI.shape), torch.empty_like(initial)
+        y, pre, tail = fresh(*x_TI.shape), fresh(*x_TI.shape), torch.empty_like(initial)
         ctx.save_for_backward(x_TI, weight_WI, bias_I, initial, pre, starts)
         call("conv_forward", _conv(x_TI, weight_WI, bias_I, initial, y, pre, tail, starts))
         return y, tail
@@ -35,7 +36,7 @@ class _NativeConv(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         x_TI, weight_WI, bias_I, initial, pre, starts = ctx.saved_tensors
         dy, dtail = (g.contiguous() for g in gradients)
-        dx, dweight, dbias, dinitial = (torch.empty(v.shape) for v in (x_TI, weight_WI, weight_WI[0], initial))
+        dx, dweight, dbias, dinitial = (fresh(*v.shape) for v in (x_TI, weight_WI, weight_WI[0], initial))
         outputs = [address(v) for v in (dy, dtail, dx, dweight, dbias, dinitial)]
         described = _conv(x_TI, weight_WI, bias_I, initial, None, pre, None, starts)
         call("conv_backward", described, _ConvGradients(*outputs))
@@ -73,7 +74,7 @@ class _NativeNorm(torch.autograd.Function):
     def forward(ctx: Any, y_TD: Tensor, gate_TD: Tensor | None, weight_D: Tensor, groups: int, eps: float) -> Tensor:
         y_TD, weight_D = y_TD.contiguous(), weight_D.contiguous()
         gate_TD = gate_TD if gate_TD is None or gate_TD.stride(1) == 1 else gate_TD.contiguous()
-        out, scale = torch.empty_like(y_TD), torch.empty(y_TD.shape[0], groups)
+        out, scale = fresh(*y_TD.shape), torch.empty(y_TD.shape[0], groups)
         call("gated_norm_forward", _norm(y_TD, gate_TD, weight_D, out, scale, eps))
         ctx.save_for_backward(y_TD, gate_TD, weight_D, scale)
         ctx.eps = eps
@@ -83,7 +84,7 @@ class _NativeNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         y_TD, gate_TD, weight_D, scale = ctx.saved_tensors
         dout = gradients[0].contiguous()
-        dy, dgate = torch.empty_like(y_TD), None if gate_TD is None else torch.empty_like(y_TD)
+        dy, dgate = fresh(*y_TD.shape), None if gate_TD is None else fresh(*y_TD.shape)
         dweight = torch.zeros(torch.get_num_threads(), weight_D.shape[0])
         outputs = _NormGradients(*(address(v) for v in (dout, dy, dgate, dweight)))
         call("gated_norm_backward", _norm(y_TD, gate_TD, weight_D, None, scale, ctx.eps), outputs)
@@ -118,14 +119,14 @@ class _NativeRelu2(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        out = torch.empty_like(x)
+        out = fresh(*x.shape)
         call("relu2", _Relu2(address(x), None, address(out), x.numel()))
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (x,) = ctx.saved_tensors
-        dy, dx = gradients[0].contiguous(), torch.empty_like(x)
+        dy, dx = gradients[0].contiguous(), fresh(*x.shape)
         call("relu2", _Relu2(address(x), address(dy), address(dx), x.numel()))
         return dx
 
