@@ -1,5 +1,6 @@
 # make setup   .venv with whimbrel in it (Python 3.11 or newer; an installed torch that fits is kept)
-# make demo    real pages -> tokenizer -> a small pretrained hybrid -> a talk with a real pretrained model
+# make demo    the whole life of a small model, from real pages to a quantised child; then a talk with a real pretrained one
+# make demo-short   every stage of that life, with few steps
 # make test    linters, types, tests; of the slow tests those that tests/slow.txt names
 # make lint    linters and types alone
 #
@@ -10,7 +11,7 @@ WHIMBREL := .venv/bin/python -m whimbrel
 # One thread a test process: two processes share two cores, and a thread that waits for a taken core costs more than it brings.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test lint
+.PHONY: help setup demo demo-short test lint
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -19,6 +20,9 @@ setup:
 
 demo: setup
 	@sh scripts/demo.sh
+
+demo-short: setup
+	@sh scripts/demo.sh short
 
 lint:
 	@$(SETUP) dev

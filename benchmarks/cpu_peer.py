@@ -92,10 +92,16 @@ class Models:
 
     def ours(self, shape: str, dtype: str) -> LanguageModel:
         """The same weights in our engine."""
-        model = LanguageModel.load(self.folder(shape))
+        folder = self.folder(shape)
+        if dtype == "float16":
+            return LanguageModel.load(folder, dtype=dtype)
         if dtype in BITS:
-            pack_model(model, BITS[dtype])
-        return model
+            whole, folder = folder, self.cache / f"{shape}-{dtype}"
+            if not folder.exists():
+                model = LanguageModel.load(whole)
+                pack_model(model, BITS[dtype])
+                model.save(folder)
+        return LanguageModel.load(folder)
 
 
 def their_bytes(file: Path, context: int, batch: int, states: int) -> int:
@@ -175,8 +181,9 @@ def main(name: str, about: str, rows: Mapping[str, Callable[[argparse.Namespace]
     options.models = Models(options.cache)
     if options.prepare:
         for shape in SHAPES:
-            for kind in THEIRS.values():
+            for dtype, kind in THEIRS.items():
                 options.models.gguf(shape, kind)
+                options.models.ours(shape, dtype)
         return
     options.peer = LlamaCpp(options.peer_python, options.threads)
     print(json.dumps(here()))

@@ -5,10 +5,14 @@ Marks: a slow test that tests/slow.txt names is a proof, and `make test` (-m "no
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run in Python
 
 torch.set_num_threads(1)
 LIST = Path(__file__).parent / "slow.txt"

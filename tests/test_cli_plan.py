@@ -40,6 +40,38 @@ def test_every_option_arrives(
     assert planned(capsys, *words)[key] == value
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (("tokens=8.64e12",), "run_flops", None),
+        (("accumulate=4",), "tokens_per_step", 4 * 8192),
+        (("recompute=true",), "recompute", True),
+        (("mfu=0.5",), "mfu", 0.5),
+        (("causal=false",), "flops_per_token", None),
+        (("parallel.tensor=2",), "processes", 2),
+        (("parallel.context=2",), "processes", 2),
+        (("accumulate=6", "parallel.data=2", "parallel.fsdp=3"), "processes", 6),
+        (("--batch", "2"), "tokens_per_step", 2 * 8192),
+        (("--reserve", "1GiB"), "reserve_bytes", 2**30),
+        (("--dtype", "float32"), "activation_bytes", None),
+        (("--memory", "400GiB"), "fits", True),
+        (("--peak", "1TFLOP/s"), "peak", 1e12),
+    ],
+)
+def test_every_setting_of_training_arrives(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], key: str, value: object
+) -> None:
+    """None: the figure only has to change."""
+    usual = ("--memory", "100GiB", "--context", "8192", "--train", "--peak", "989TFLOP/s")
+    before, after = planned(capsys, *usual)[key], planned(capsys, *usual, *words)[key]
+    assert before != after and (value is None or after == value)
+
+
+def test_settings_of_training_need_the_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "hybrid-tiny", "--memory", "1GiB", "--context", "512", "tokens=1e9"]) == 2
+    assert "tokens=1e9 is a setting of training; add --train" in capsys.readouterr().err
+
+
 def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("plan", "nemotron-nano-12b-v2", "--memory", "19.66GiB", "--context", "131072", "--bandwidth", "600GB/s")
     assert cli.main(words) == 0

@@ -68,23 +68,30 @@ struct Attend {
     template <int wide>
     void heads(const float* q, int64_t key, int64_t count, int64_t next, float* out) {
         float weights[wide][tile];
-        for (int64_t j = 0; j < tile; j++)
-            for (int h = 0; h < wide; h++) weights[h][j] = -INFINITY;
-        for (int64_t j = 0; j < count; j += 2) {
-            ask(j, key, next), ask(j + 1, key, next);
-            scores<wide>(q, key, j, std::min(j + 1, count - 1), weights);
+        constexpr int together = std::min(8, lanes / (wide > 2 ? 4 : wide));  // tokens: as many sums as a vector has lanes
+        for (int64_t j = 0; j < count; j += together) {
+            for (int64_t i = j; i < j + together; i++) ask(i, key, next);
+            scores<wide, together>(q, key, j, count - 1, weights);
         }
+        for (int h = 0; h < wide; h++) std::fill(weights[h] + count, weights[h] + tile, -INFINITY);
         float rescale[wide];
         for (int h = 0; h < wide; h++) {
-            float *most = out + h * kept(d), largest = *most, total = 0;
-            for (int64_t j = 0; j < tile; j++) largest = std::max(largest, weights[h][j]);
-            for (int64_t j = 0; j < tile; j++) weights[h][j] = j < count ? fast_exp(weights[h][j] - largest) : 0.0f;
-            for (int64_t j = 0; j < tile; j++) total += weights[h][j];
-            rescale[h] = fast_exp(*most - largest);
-            most[0] = largest;
-            most[1] = most[1] * rescale[h] + total;
+            float* most = out + h * kept(d);
+            vec high = broadcast(*most), total{};
+            for (int64_t j = 0; j < tile; j += lanes) high = larger(high, load(weights[h] + j));
+            const float top = largest(high);
+            for (int64_t j = 0; j < tile; j += lanes) {
+                const vec weight = fast_exp(load(weights[h] + j) - top);
+                store(weights[h] + j, weight);
+                total += weight;
+            }
+            rescale[h] = fast_exp(*most - top);
+            most[0] = top;
+            most[1] = most[1] * rescale[h] + sum(total);
         }
         int64_t e = 0;
+        if (lanes == 16)
+            for (; e + 4 * lanes <= d.head_width; e += 4 * lanes) mix<wide, 4>(key + e, count, weights, rescale, out + 2 + e);
         for (; e + 2 * lanes <= d.head_width; e += 2 * lanes) mix<wide, 2>(key + e, count, weights, rescale, out + 2 + e);
         for (; e + lanes <= d.head_width; e += lanes) mix<wide, 1>(key + e, count, weights, rescale, out + 2 + e);
         for (; e < d.head_width; e++)
@@ -96,7 +103,8 @@ struct Attend {
     }
 
     // Ask memory for key and value of one head of the token that comes a tile later.
-    void ask(int64_t j, int64_t key, int64_t next) const {
+    // Inlined before gcc looks for functions without effects, or it would drop the calls.
+    [[gnu::always_inline]] void ask(int64_t j, int64_t key, int64_t next) const {
         if (j >= next) return;
         for (int64_t e = 0; e < d.head_width; e += 64 / static_cast<int64_t>(sizeof(T))) {
             __builtin_prefetch(k[tile + j] + key + e);
@@ -104,45 +112,45 @@ struct Attend {
         }
     }
 
-    // Scores of two tokens.
-    template <int wide>
-    void scores(const float* q, int64_t key, int64_t one, int64_t two, float (&weights)[wide][tile]) const {
-        const T *first = k[one] + key, *second = k[two] + key;
-        vec a[wide] = {}, b[wide] = {};
+    // Scores of `count` tokens from `one` on; after the `last` it is taken again.
+    template <int wide, int count>
+    void scores(const float* q, int64_t key, int64_t one, int64_t last, float (&weights)[wide][tile]) const {
+        constexpr int high = wide > 2 ? 4 : wide;
+        const T* from[count];
+        UNROLL for (int j = 0; j < count; j++) from[j] = k[std::min(one + j, last)] + key;
+        vec total[high * count] = {};
         int64_t e = 0;
         for (; e + lanes <= d.head_width; e += lanes) {
-            const vec k_a = load(first + e), k_b = load(second + e);
-            for (int h = 0; h < wide; h++) {
-                const vec query = load(q + h * d.head_width + e);
-                a[h] += query * k_a;
-                b[h] += query * k_b;
+            vec query[wide];
+            UNROLL for (int h = 0; h < wide; h++) query[h] = load(q + h * d.head_width + e);
+            UNROLL for (int j = 0; j < count; j++) {
+                const vec it = load(from[j] + e);
+                UNROLL for (int h = 0; h < wide; h++) total[h * count + j] += query[h] * it;
             }
         }
-        for (int h = 0; h < wide; h++) {
-            float s = sum(a[h]), t = sum(b[h]);
-            for (int64_t i = e; i < d.head_width; i++) {
-                s += q[h * d.head_width + i] * widen(first[i]);
-                t += q[h * d.head_width + i] * widen(second[i]);
+        float all[std::max(high * count, lanes)];
+        sums(total, all);
+        UNROLL for (int h = 0; h < wide; h++)
+            UNROLL for (int j = 0; j < count; j++) {
+                float& value = weights[h][one + j] = all[h * count + j];
+                for (int64_t i = e; i < d.head_width; i++) value += q[h * d.head_width + i] * widen(from[j][i]);
             }
-            weights[h][one] = s;
-            weights[h][two] = t;
-        }
     }
 
     // out = rescale * out + weights times `vectors` vectors of the values.
     template <int wide, int vectors>
     void mix(int64_t at, int64_t count, const float (&weights)[wide][tile], const float (&rescale)[wide], float* out) const {
         vec total[wide][vectors];
-        for (int h = 0; h < wide; h++)
-            for (int i = 0; i < vectors; i++) total[h][i] = load(out + h * kept(d) + i * lanes) * rescale[h];
+        UNROLL for (int h = 0; h < wide; h++)
+            UNROLL for (int i = 0; i < vectors; i++) total[h][i] = load(out + h * kept(d) + i * lanes) * rescale[h];
         for (int64_t j = 0; j < count; j++) {
             vec value[vectors];
-            for (int i = 0; i < vectors; i++) value[i] = load(v[j] + at + i * lanes);
-            for (int h = 0; h < wide; h++)
-                for (int i = 0; i < vectors; i++) total[h][i] += value[i] * weights[h][j];
+            UNROLL for (int i = 0; i < vectors; i++) value[i] = load(v[j] + at + i * lanes);
+            UNROLL for (int h = 0; h < wide; h++)
+                UNROLL for (int i = 0; i < vectors; i++) total[h][i] += value[i] * weights[h][j];
         }
-        for (int h = 0; h < wide; h++)
-            for (int i = 0; i < vectors; i++) store(out + h * kept(d) + i * lanes, total[h][i]);
+        UNROLL for (int h = 0; h < wide; h++)
+            UNROLL for (int i = 0; i < vectors; i++) store(out + h * kept(d) + i * lanes, total[h][i]);
     }
 };
 

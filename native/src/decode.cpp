@@ -13,6 +13,7 @@ namespace whimbrel::WHIMBREL_ISA {
 namespace {
 
 enum Mixer : int64_t { mamba, attention, feed_forward };
+constexpr int64_t most_taps = 8;  // of a convolution whose channels go side by side
 
 // Widths that all layers of one network share, and the memory of a step.
 struct Sizes {
@@ -34,7 +35,7 @@ struct Sizes {
     // Shared: the stream, what projections give, the input of last projections, pieces of attention; and a thread's own input.
     size_t shared(const Decode& d) const {
         const int64_t floats = d.rows * (2 * d.width + 2 * widest_out + 2 * d.half) + pieces * d.heads * kept(d);
-        return (4 * floats + Activations::bytes(d.rows, widest_in) + 1024) / 64 * 64;
+        return (4 * floats + Activations::bytes(d.rows, widest_in) + 1024 + 8 * fence) / 64 * 64;
     }
     size_t own(const Decode& d) const { return (Activations::bytes(d.rows, widest_in) + 127) / 64 * 64; }
 };
@@ -62,6 +63,15 @@ void rotate(float* head, const float* cos, const float* sin, int64_t half) {
     }
 }
 
+void silu(float* x, int64_t count) {
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+        const vec v = load(x + i);
+        store(x + i, v * sigmoid(v));
+    }
+    for (; i < count; i++) x[i] *= sigmoid(x[i]);
+}
+
 // S <- decay S + u B^T, y = S C + skip x for `count` rows of the state of one head.
 template <int count>
 void update(float* state, const float* x, float dt, float decay, const float* b, const float* c, float skip, float* y, int64_t size) {
@@ -69,20 +79,41 @@ void update(float* state, const float* x, float dt, float decay, const float* b,
     int64_t n = 0;
     for (; n + lanes <= size; n += lanes) {
         const vec b_n = load(b + n), c_n = load(c + n);
-        for (int i = 0; i < count; i++) {
+        UNROLL for (int i = 0; i < count; i++) {
             const vec s = load(state + i * size + n) * decay + b_n * (dt * x[i]);
             store(state + i * size + n, s);
             total[i] += s * c_n;
         }
     }
-    for (int i = 0; i < count; i++) {
-        float value = sum(total[i]);
+    float value[std::max(count, lanes)];
+    sums(total, value);
+    UNROLL for (int i = 0; i < count; i++) {
         for (int64_t k = n; k < size; k++) {
             float& s = state[i * size + k];
             s = s * decay + dt * x[i] * b[k];
-            value += s * c[k];
+            value[i] += s * c[k];
         }
-        y[i] = value + skip * x[i];
+        y[i] = value[i] + skip * x[i];
+    }
+}
+
+// The taps of a vector of channels, weights [channel][taps]: one vector for each tap.
+void taps(const float* weights, int64_t count, vec* of_tap) {
+    if (count == 4) {
+        constexpr auto every = [](int from) {
+            places m{};
+            for (int l = 0; l < lanes; l++) m[l] = 2 * l + from;
+            return m;
+        };
+        const places even = every(0), odd = every(1);
+        const vec a = load(weights), b = load(weights + lanes), c = load(weights + 2 * lanes), e = load(weights + 3 * lanes);
+        const vec first = __builtin_shuffle(a, b, even), second = __builtin_shuffle(a, b, odd);
+        const vec third = __builtin_shuffle(c, e, even), last = __builtin_shuffle(c, e, odd);
+        of_tap[0] = __builtin_shuffle(first, third, even), of_tap[2] = __builtin_shuffle(first, third, odd);
+        of_tap[1] = __builtin_shuffle(second, last, even), of_tap[3] = __builtin_shuffle(second, last, odd);
+    } else {
+        for (int64_t k = 0; k < count; k++)
+            for (int l = 0; l < lanes; l++) of_tap[k][l] = weights[l * count + k];
     }
 }
 
@@ -98,13 +129,13 @@ class Share {
 public:
     Share(const Decode& d, const Sizes& sizes, char* memory, int thread, int team)
         : d(d), sizes(sizes), thread(thread), team(team),
-          x(Activations::take<float>(memory, d.rows * d.width)),
-          change(Activations::take<float>(memory, d.rows * d.width)),
-          wide(Activations::take<float>(memory, d.rows * sizes.widest_out)),
-          gate(Activations::take<float>(memory, d.rows * sizes.widest_out)),
-          cos(Activations::take<float>(memory, d.rows * d.half)),
-          sin(Activations::take<float>(memory, d.rows * d.half)),
-          pieces(Activations::take<float>(memory, sizes.pieces * d.heads * kept(d))),
+          x(take<float>(memory, d.rows * d.width)),
+          change(take<float>(memory, d.rows * d.width)),
+          wide(take<float>(memory, d.rows * sizes.widest_out)),
+          gate(take<float>(memory, d.rows * sizes.widest_out)),
+          cos(take<float>(memory, d.rows * d.half)),
+          sin(take<float>(memory, d.rows * d.half)),
+          pieces(take<float>(memory, sizes.pieces * d.heads * kept(d))),
           mixed(memory, d.rows, sizes.widest_in),
           input(memory += sizes.own(d) * thread, d.rows, sizes.widest_in) {}
 
@@ -149,11 +180,16 @@ private:
         mixed.inputs = width;
         product(l.first, input, mixed.x, width, part.from, part.to);
         if (l.second.matrix.codes) product(l.second, input, gate, width, part.from, part.to);
-        for (int64_t r = 0; r < d.rows; r++)
-            for (int64_t i = r * width + part.from; i < r * width + part.to; i++) {
-                const float up = mixed.x[i], positive = std::max(up, 0.0f);
-                mixed.x[i] = l.second.matrix.codes ? up * gate[i] * sigmoid(gate[i]) : positive * positive;
+        for (int64_t r = 0; r < d.rows; r++) {
+            float *up = mixed.x + r * width + part.from, *open = gate + r * width + part.from;
+            const int64_t count = part.to - part.from;
+            if (l.second.matrix.codes) {
+                silu(open, count);
+                for (int64_t i = 0; i < count; i++) up[i] *= open[i];
+            } else {
+                for (int64_t i = 0; i < count; i++) up[i] = up[i] > 0.0f ? up[i] * up[i] : 0.0f;
             }
+        }
         if (whole_numbers(l.last.matrix)) quantise(mixed, part.from, part.to);
 #pragma omp barrier
         add(l.last, mixed);
@@ -165,13 +201,13 @@ private:
         product(l.first, input, wide, sizes.projected, part.from, part.to);
         for (int64_t r = 0; r < d.rows; r++) {
             float* row = wide + r * sizes.projected;
-            for (int64_t i = part.from; i < std::min(part.to, inner); i++) row[i] *= sigmoid(row[i]);
-            convolve(l, d.slots[r], row + inner, std::max(part.from - inner, int64_t{0}), std::min(part.to, to_dt) - inner);
+            silu(row + part.from, std::min(part.to, inner) - part.from);
             for (int64_t i = std::max(part.from, to_dt); i < part.to; i++) {
                 const float dt = row[i] + l.dt_bias[i - to_dt];
                 row[i] = std::clamp(dt > 20.0f ? dt : std::log1p(std::exp(dt)), d.least_step, d.most_step);
             }
         }
+        convolve(l, std::max(part.from - inner, int64_t{0}), std::min(part.to, to_dt) - inner);
 #pragma omp barrier
         const Part heads(d.rows * d.mamba_heads, thread, team, 1);
         for (int64_t unit = heads.from; unit < heads.to; unit++) scan(l, unit / d.mamba_heads, unit % d.mamba_heads);
@@ -189,19 +225,36 @@ private:
         add(l.last, input);
     }
 
-    // Channels [from, to) of one row: y_t = silu(bias + sum_k w_k x_{t-W+1+k}), and the tail of the slot moves on.
-    void convolve(const Layer& l, int64_t slot, float* row, int64_t from, int64_t to) {
+    // Channels [from, to) of all rows: y_t = silu(bias + sum_k w_k x_{t-W+1+k}), and the tails of the slots move on.
+    void convolve(const Layer& l, int64_t from, int64_t to) {
         const int64_t history = d.conv_width - 1;
-        float* tail = l.conv + slot * history * sizes.channels;
+        vec of_tap[most_taps];
         for (int64_t i = from; i < to; i++) {
-            const float* w = l.conv_weight + i * d.conv_width;
-            float total = l.conv_bias ? l.conv_bias[i] : 0.0f;
-            for (int64_t k = 0; k < history; k++) {
-                total += w[k] * tail[k * sizes.channels + i];
-                tail[k * sizes.channels + i] = k + 1 < history ? tail[(k + 1) * sizes.channels + i] : row[i];
+            const bool whole = i + lanes <= to && d.conv_width <= most_taps;
+            if (whole) taps(l.conv_weight + i * d.conv_width, d.conv_width, of_tap);
+            for (int64_t r = 0; r < d.rows; r++) {
+                float *row = wide + r * sizes.projected + sizes.inner, *tail = l.conv + d.slots[r] * history * sizes.channels + i;
+                if (whole) {
+                    vec total = l.conv_bias ? load(l.conv_bias + i) : vec{};
+                    const vec now = load(row + i);
+                    for (int64_t k = 0; k < history; k++, tail += sizes.channels) {
+                        total += of_tap[k] * load(tail);
+                        store(tail, k + 1 < history ? load(tail + sizes.channels) : now);
+                    }
+                    total += of_tap[history] * now;
+                    store(row + i, total * sigmoid(total));
+                } else {
+                    const float* w = l.conv_weight + i * d.conv_width;
+                    float total = l.conv_bias ? l.conv_bias[i] : 0.0f;
+                    for (int64_t k = 0; k < history; k++, tail += sizes.channels) {
+                        total += w[k] * *tail;
+                        *tail = k + 1 < history ? tail[sizes.channels] : row[i];
+                    }
+                    total += w[history] * row[i];
+                    row[i] = total * sigmoid(total);
+                }
             }
-            total += w[history] * row[i];
-            row[i] = total * sigmoid(total);
+            if (whole) i += lanes - 1;
         }
     }
 
@@ -210,10 +263,11 @@ private:
         const int64_t width = d.mamba_width, size = d.state_size, g = h * d.groups / d.mamba_heads;
         const float *row = wide + r * sizes.projected + sizes.inner, *in = row + h * width;
         const float *b = row + sizes.inner + g * size, *c = b + d.groups * size, dt = row[sizes.channels + h];
-        const float decay = std::exp(-std::exp(l.a_log[h]) * dt);
+        const float decay = fast_exp(-fast_exp(l.a_log[h]) * dt);
         float *state = l.ssm + (d.slots[r] * d.mamba_heads + h) * width * size, *y = gate + r * sizes.inner + h * width;
         int64_t p = 0;
-        for (; p + 4 <= width; p += 4) update<4>(state + p * size, in + p, dt, decay, b, c, l.d[h], y + p, size);
+        constexpr int together = lanes == 16 ? 8 : 4;
+        for (; p + together <= width; p += together) update<together>(state + p * size, in + p, dt, decay, b, c, l.d[h], y + p, size);
         for (; p < width; p++) update<1>(state + p * size, in + p, dt, decay, b, c, l.d[h], y + p, size);
     }
 

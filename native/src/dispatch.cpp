@@ -4,6 +4,13 @@
 
 #include "whimbrel.h"
 
+#define DECLARE_PRODUCTS(isa)          \
+    namespace whimbrel::isa {          \
+    void gemm(const Gemm&, int);       \
+    void linear(const Linear&, int);   \
+    void decode(const Decode&, int);   \
+    }
+
 #define DECLARE(isa)                                                              \
     namespace whimbrel::isa {                                                     \
     void scan_forward(const Scan&, int);                                          \
@@ -13,15 +20,16 @@
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
     void relu2(const Relu2&, int);                                                \
-    void gemm(const Gemm&, int);                                                  \
-    void linear(const Linear&, int);                                              \
-    void decode(const Decode&, int);                                              \
-    }
+    }                                                                             \
+    DECLARE_PRODUCTS(isa)
 
 DECLARE(baseline)
-#ifdef WHIMBREL_X86
+#ifdef WHIMBREL_AVX2
 DECLARE(avx2)
+#endif
+#ifdef WHIMBREL_AVX512
 DECLARE(avx512)
+DECLARE_PRODUCTS(vnni)
 #endif
 
 namespace {
@@ -41,18 +49,27 @@ struct Form {
     void (*decode)(const Decode&, int);
 };
 
-#define FORM(isa, here)                                                                                           \
-    Form{#isa, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,      \
+#define FORM(name, isa, products, here)                                                                       \
+    Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::relu2, whimbrel::isa::gemm, whimbrel::isa::linear, whimbrel::isa::decode}
+         whimbrel::isa::relu2, whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
+
+#ifdef WHIMBREL_AVX512
+bool wide() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
 
 const Form forms[] = {
-#ifdef WHIMBREL_X86
-    FORM(avx512, [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"); }),
-    FORM(avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
+#ifdef WHIMBREL_AVX512
+    FORM("vnni", avx512, vnni, [] { return wide() && __builtin_cpu_supports("avx512vnni"); }),
+    FORM("avx512", avx512, avx512, wide),
 #endif
-    FORM(baseline, [] { return true; }),
+#ifdef WHIMBREL_AVX2
+    FORM("avx2", avx2, avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
+#endif
+    FORM("baseline", baseline, baseline, [] { return true; }),
 };
 
 const Form* best() {

@@ -2,12 +2,15 @@
 // prepared once (normed, quantised, laid out in tiles of a few rows); then a strip of outputs at a time is unpacked into the
 // first-level cache and meets every tile. Sums run over the inputs in one order, whatever the number of rows and threads.
 //
-// W of float32 or float16 is widened and multiplied in float32. W of 8 or 4 bits meets whole numbers on AVX2 (below), and is
-// widened elsewhere.
+// W of float32 or float16 is widened and multiplied in float32. W of 8 or 4 bits meets whole numbers on AVX2 and with VNNI
+// (below), and is widened elsewhere.
 
+#include <array>
 #include <cmath>
+#include <utility>
 #include <vector>
 
+#include "codes.h"
 #include "half.h"
 #include "scratch.h"
 #include "vector.h"
@@ -25,7 +28,6 @@ constexpr int64_t ahead = 1024;     // bytes between the rows in use and those a
 #else
 #define PIN(v) (void)(v)
 #endif
-#define UNROLL _Pragma("GCC unroll 8")
 
 enum Act : int64_t { plain, squared_relu, silu_times_y };
 
@@ -74,7 +76,7 @@ const float* prepared(const Gemm& g, int64_t row, float* line) {
 
 // x: [block of inputs][tile][input][row]; a strip: [input][2 vectors].
 struct Floats {
-    static constexpr int64_t rows = 6, width = 2 * lanes, depth = 256;
+    static constexpr int64_t rows = lanes == 16 ? 12 : 6, width = 2 * lanes, depth = 256;
 
     const Matrix& m;
     int64_t all;  // rows of x in hand
@@ -182,7 +184,96 @@ struct Floats {
 
 // ---- whole numbers
 
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+
+// x = scale * code, a scale for each row and 32 inputs; the weight w = scale * (code - offset) with code >= 0, since vpdpbusd
+// takes one factor without sign: the sums begin at - offset * sum of the codes of x.
+template <int bits>
+struct Codes {
+    static constexpr int64_t rows = 12, width = 16, depth = 512;
+
+    const Matrix& m;
+    int64_t all;      // rows of x in hand
+    int8_t* codes;    // [block of inputs][tile][input / 4][row][4]
+    float* scales;    // [block of inputs][tile][input / 32][row]
+    int32_t* begins;  // the same: where the sums begin
+    alignas(64) uint8_t strip[depth * width];
+    alignas(64) float of_outputs[depth / block * width];
+
+    static size_t bytes(const Matrix& m, int64_t rows) { return rows * m.inputs * 5 / 4; }
+    Codes(const Matrix& m, char* memory, int64_t count)
+        : m(m), all(count), codes(reinterpret_cast<int8_t*>(memory)),
+          scales(reinterpret_cast<float*>(memory + count * m.inputs)), begins(reinterpret_cast<int32_t*>(scales + count * m.inputs / block)) {}
+
+    void pack(const float* const* row, int64_t first, int64_t count) const {
+        for (int64_t from = 0; from < m.inputs; from += depth) {
+            const int64_t to = std::min(m.inputs, from + depth), tile = from * all + first * (to - from);
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t i = from; i < to; i += block) {
+                    const int64_t at = tile + (i - from) * count;
+                    int32_t& begin = begins[at / block + r];
+                    quantise_block(row[r] + i, codes + at + r * 4, count * 4, scales[at / block + r], begin);
+                    begin *= bits == 8 ? -128 : -8;
+                }
+        }
+    }
+
+    __attribute__((noinline)) void unpack(int64_t output, int64_t from, int64_t to) {
+        for (int p = 0; p < 2; p++) {
+            const int64_t panel = output / 8 + p;
+            if (8 * panel >= m.outputs) {  // no such panel: sums of no matter
+                for (int64_t i = 0; i < (to - from) / block; i++) std::fill_n(of_outputs + i * width + 8 * p, 8, 0.0f);
+                continue;
+            }
+            const uint8_t* from_codes = static_cast<const uint8_t*>(m.codes) + (panel * m.inputs + from) * bits;
+            for (int64_t i = 0; i < (to - from) / 4; i += 8 / bits) {
+                const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from_codes + i * 4 * bits));
+                __m256i* at = reinterpret_cast<__m256i*>(strip + i * 64 + 32 * p);
+                if (bits == 8) {
+                    at[0] = _mm256_xor_si256(read, _mm256_set1_epi8(-128));
+                } else {
+                    at[0] = _mm256_and_si256(read, _mm256_set1_epi8(15));
+                    at[2] = _mm256_and_si256(_mm256_srli_epi16(read, 4), _mm256_set1_epi8(15));
+                }
+            }
+            for (int64_t i = from; i < to; i += block) {
+                const uint16_t* scale = m.scales + (panel * (m.inputs / m.group) + i / m.group) * 8;
+                const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale)));
+                _mm256_store_ps(of_outputs + (i - from) / block * width + 8 * p, wide);
+            }
+        }
+    }
+
+    template <int count>
+    __attribute__((noinline)) void tile(int64_t first, int64_t from, int64_t to, float* sums) const {
+        const int64_t at = from * all + first * (to - from);
+        const int8_t* x = codes + at;
+        const uint8_t* w = strip;
+        const float *of_x = scales + at / block, *of_w = of_outputs;
+        const int32_t* begin = begins + at / block;
+        vec total[count];
+        UNROLL for (int r = 0; r < count; r++) total[r] = load(sums + r * width);
+        for (int64_t i = from; i < to; i += block, of_x += count, begin += count, of_w += width) {
+            for (int64_t line = 0; line < block * count; line += 64) __builtin_prefetch(x + ahead + line);
+            __m512i acc[count];
+            UNROLL for (int r = 0; r < count; r++) acc[r] = _mm512_set1_epi32(begin[r]);
+            UNROLL for (int k = 0; k < 8; k++, x += 4 * count, w += 64) {
+                const __m512i weight = _mm512_load_si512(w);
+                UNROLL for (int r = 0; r < count; r++) {
+                    int32_t four;
+                    std::memcpy(&four, x + 4 * r, 4);
+                    acc[r] = _mm512_dpbusd_epi32(acc[r], weight, _mm512_set1_epi32(four));
+                }
+            }
+            const vec scale = load(of_w);
+            UNROLL for (int r = 0; r < count; r++)
+                total[r] += __builtin_convertvector((places)acc[r], vec) * (scale * of_x[r]);
+        }
+        UNROLL for (int r = 0; r < count; r++) store(sums + r * width, total[r]);
+    }
+};
+
+#elif defined(__AVX2__)
 
 // x = scale * code, a scale for each row and 32 inputs; the weight w = scale * (code - offset) with code >= 0, since
 // vpmaddubsw takes one factor without sign. It adds two products in 16 bits, and more of them are added there before they are
@@ -190,7 +281,7 @@ struct Floats {
 // sizes of the four codes of x that fall into a lane sum to 128 at most: 255 * 128. (For normal values that costs one bit.)
 template <int bits>
 struct Codes {
-    static constexpr int64_t rows = 4, width = 16, depth = 1024, block = 32;
+    static constexpr int64_t rows = 4, width = 16, depth = 1024;
     static constexpr float offset = bits == 8 ? 128 : 8;
 
     const Matrix& m;
@@ -381,15 +472,16 @@ void finish(const Gemm& g, const float* sums, int64_t row, int64_t rows, int64_t
 template <typename Form, int act>
 void tiles(const Gemm& g, const Form& form, int64_t begin, int64_t rows, int64_t output, int64_t from, int64_t to, float* sums) {
     using Tile = void (Form::*)(int64_t, int64_t, int64_t, float*) const;
-    constexpr Tile kernels[] = {nullptr, &Form::template tile<1>, &Form::template tile<2>, &Form::template tile<3>,
-                                &Form::template tile<4>, &Form::template tile<5>, &Form::template tile<6>};
+    constexpr auto kernels = []<size_t... count>(std::index_sequence<count...>) {
+        return std::array<Tile, sizeof...(count)>{&Form::template tile<static_cast<int>(count) + 1>...};
+    }(std::make_index_sequence<Form::rows>());
     for (int64_t row = 0; row < rows; row += Form::rows, sums += Form::rows * Form::width) {
         const int64_t count = std::min(Form::rows, rows - row);
         const bool last = to == g.weight.matrix.inputs;
         if (from == 0) std::fill_n(sums, count * Form::width, 0.0f);
         if (last)  // the lines of y are on their way while the tile is computed
             for (int64_t r = 0; r < count; r++) __builtin_prefetch(g.y + (begin + row + r) * g.weight.matrix.outputs + output, 1);
-        (form.*kernels[count])(row, from, to, sums);
+        (form.*kernels[count - 1])(row, from, to, sums);
         if (last) finish<act, Form::width>(g, sums, begin + row, count, output);
     }
 }

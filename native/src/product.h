@@ -9,7 +9,7 @@
 #include <cstring>
 #include <new>
 
-#include "vector.h"
+#include "scratch.h"
 
 namespace whimbrel::WHIMBREL_ISA {
 
@@ -23,21 +23,21 @@ inline int64_t pitch(int64_t width) { return (width + 15) / 16 * 16 | 16; }
 
 // One piece of memory, zeros at first, that a thread's scratch matrices are cut from; each begins on a cache line.
 struct Arena {
-    float* begin;
-    int64_t used = 0, size;
+    static constexpr int64_t most_arrays = 32;
+    const int64_t size;  // bytes
+    char *const begin, *next;
 
-    explicit Arena(int64_t floats) : size((floats + 15) / 16 * 16) {
-        begin = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+    explicit Arena(int64_t floats)
+        : size((floats * 4 + most_arrays * fence + 63) / 64 * 64), begin(static_cast<char*>(std::aligned_alloc(64, size))), next(begin) {
         if (!begin) throw std::bad_alloc();
-        std::fill_n(begin, size, 0.0f);
+        std::fill_n(begin, size, char{0});
     }
     Arena(const Arena&) = delete;
     ~Arena() { std::free(begin); }
 
     float* take(int64_t floats) {
-        float* const at = begin + used;
-        used += (floats + 15) / 16 * 16;
-        assert(used <= size);
+        float* const at = whimbrel::WHIMBREL_ISA::take<float>(next, floats);
+        assert(next <= begin + size);
         return at;
     }
 };
@@ -107,7 +107,8 @@ template <int high, int broad>
 template <int high, int broad>
 void product_tile(const Product& p, int64_t row, int64_t lane) {
     vec acc[high][broad] = {};
-    sweep<high, broad>(acc, p.a + row * p.a_row, p.a_row, p.a_step, p.b + lane, p.b_step, p.depth);
+    if (p.depth)  // a and b may be null without
+        sweep<high, broad>(acc, p.a + row * p.a_row, p.a_row, p.a_step, p.b + lane, p.b_step, p.depth);
     if (p.scale) {
 #pragma GCC unroll 8
         for (int r = 0; r < high; r++)
@@ -174,7 +175,6 @@ inline void pack(const float* from, int64_t from_row, int64_t high, int64_t widt
 // A square of vectors, turned in place: log2(lanes) rounds of exchanges at distance 1, 2, 4 ...
 template <int distance>
 [[gnu::always_inline]] inline void exchange(vec (&v)[lanes]) {
-    typedef int32_t places __attribute__((vector_size(4 * WHIMBREL_LANES)));
     constexpr auto mask = [](int shift) {
         places m{};
         for (int l = 0; l < lanes; l++) m[l] = l & distance ? l + (shift ? 0 : lanes - distance) : l;

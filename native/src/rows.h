@@ -5,13 +5,14 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "codes.h"
+#include "scratch.h"
 #include "vector.h"
 #include "whimbrel.h"
 
 namespace whimbrel::WHIMBREL_ISA {
 
 constexpr int64_t most_rows = 8;  // of x in one pass over a weight in registers
-constexpr int64_t block = 32;     // inputs that share a scale in quantised activations
 
 enum Kind : int64_t { float32, float16, int8, int4 };
 
@@ -21,11 +22,11 @@ struct Activations {
     float* x;        // [rows, inputs]
     int8_t* codes;   // [band][inputs / 4][row of the band][4]
     float* scales;   // [band][inputs / 32][row of the band]
-    int32_t* sums;   // the same: 8 times the sum of 32 codes
+    int32_t* sums;   // the same: -8 times the sum of 32 codes
     int64_t rows, inputs;
 
     static size_t bytes(int64_t rows, int64_t inputs) {
-        return static_cast<size_t>(rows) * (inputs * 5 + (inputs / block + 1) * 8) + 4 * 64;
+        return static_cast<size_t>(rows) * (inputs * 5 + (inputs / block + 1) * 8) + 4 * (64 + fence);
     }
     // Cut from `memory` (of at least `bytes`, on a cache line), which is moved on.
     Activations(char*& memory, int64_t rows, int64_t inputs) : rows(rows), inputs(inputs) {
@@ -33,12 +34,6 @@ struct Activations {
         codes = take<int8_t>(memory, rows * inputs);
         scales = take<float>(memory, rows * (inputs / block + 1));
         sums = take<int32_t>(memory, rows * (inputs / block + 1));
-    }
-    template <typename T>
-    static T* take(char*& memory, int64_t count) {
-        T* taken = reinterpret_cast<T*>(memory);
-        memory += (count * sizeof(T) + 63) / 64 * 64;
-        return taken;
     }
 };
 

@@ -129,7 +129,7 @@ struct Decode {
     float eps, least_step, most_step;
 };
 
-WHIMBREL_EXPORT const char* whimbrel_isa();             // avx512, avx2 or baseline: what runs now
+WHIMBREL_EXPORT const char* whimbrel_isa();             // vnni (AVX-512 with it), avx512, avx2 or baseline
 WHIMBREL_EXPORT int whimbrel_use(const char* isa);      // 0 if that instruction set is not here
 WHIMBREL_EXPORT void whimbrel_scan_forward(const Scan* scan, int threads);
 WHIMBREL_EXPORT void whimbrel_scan_backward(const Scan* scan, const ScanGradients* gradients, int threads);

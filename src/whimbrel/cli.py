@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,6 +52,7 @@ STAGES = {
     "pretrain": "token shards to a model, from random weights or on from another.",
     "tasks": "problems with solutions and a verifier.",
     "sft": "a model and conversations to a model that answers.",
+    "chat-tokens": "conversations to token shards, without training.",
     "pairs": "answers drawn from a model, ranked by their verifier.",
     "dpo": "pairs of answers to a model that prefers the better ones.",
     "reward": "rated answers to a model that rates.",
@@ -60,6 +61,7 @@ STAGES = {
     "compress": "a smaller model cut out of a large one, under a memory or a share of its parameters.",
     "distill": "a student learns from its teacher.",
     "evaluate": "problems answered by a model, scored, with intervals.",
+    "speed": "tokens a second by what is remembered, beside a dense twin.",
     "sample": "texts written by a model.",
 }
 
@@ -178,14 +180,23 @@ def plan(
     ] = None,
     peak: Annotated[str | None, typer.Option(metavar="RATE", help="For instance 125TFLOP/s; for prompts.")] = None,
     reserve: Annotated[str | None, typer.Option(metavar="SIZE", help="Kept free for everything else.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Plan training on rows of CONTEXT tokens instead.")] = False,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a model fits, with which batch and context, and how fast it could be at best."""
+    """Say whether a model fits, with which batch and context, and how fast it could be at best.
+
+    Settings, with --train: tokens, accumulate, recompute, mfu, causal, parallel.{data,fsdp,context,tensor}.
+    """
     from whimbrel.pipeline import planning
 
-    made = planning.run(
-        model, memory, context, batch=batch, dtype=dtype, bandwidth=bandwidth, peak=peak, reserve=reserve
-    )
+    words: Any = {"batch": batch, "dtype": dtype, "peak": peak, "reserve": reserve}
+    if train:
+        made: Any = planning.train(model, memory, context, overrides or (), **words)
+    elif overrides:
+        raise UserError(f"{overrides[0]} is a setting of training; add --train")
+    else:
+        made = planning.run(model, memory, context, bandwidth=bandwidth, **words)
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(made.lines()))
 
 
@@ -197,17 +208,18 @@ def bench(
     ],
     context: Annotated[str, typer.Option(metavar="TOKENS,…", help="Lengths of prompts, and depths.")] = "512,4096",
     batch: Annotated[str, typer.Option(metavar="N,…", help="Sequences that decode together.")] = "1,4,16",
-    dtype: Annotated[str, typer.Option(help="Bits of the weights: float32, float16, int8 or int4.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Weights: float32, float16, int8, int4; GPU: float32, bfloat16.")
+    ] = "float32",
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 leaves the number to torch.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a model reads prompts and decodes on this CPU, its shares of what is possible, and where the
-    time goes.
-    """
+    """Measure how fast a model reads prompts and decodes, its shares of what is possible, and where the time goes."""
     from whimbrel.engine import bench as measuring
 
     lengths, sizes = measuring.numbers(context, "context"), measuring.numbers(batch, "batch")
-    found = measuring.run(model, lengths, sizes, dtype, threads, _display().event)
+    found = measuring.run(model, lengths, sizes, dtype, threads, _display().event, device)
     typer.echo(json.dumps(found, indent=2) if as_json else measuring.as_text(found))
 
 
@@ -384,7 +396,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:  # typer's word for Ctrl-C
         print("whimbrel: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
     return code if isinstance(code, int) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -138,7 +138,9 @@ def _operation_lines(found: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"native library: {native['isa']}, for float32 on the CPU; torch's form runs for all else")
     if found["gpus"]:
-        lines.append("no GPU kernels yet: on the GPU everything runs in torch's form")
+        kernels, why = ops.gpu()
+        names = ", ".join(name for name, form in ops.active("cuda").items() if form == "triton")
+        lines.append(f"on the GPU {names} run as kernels" if kernels else f"no GPU kernels: {why}")
     return [f"{'operations' if not number else '':<11} {line}" for number, line in enumerate(lines)]
 
 

@@ -17,7 +17,7 @@ from whimbrel.align.sft import SftSettings
 from whimbrel.align.sft import run as tune
 from whimbrel.errors import UserError
 from whimbrel.events import silent
-from whimbrel.model import LanguageModel
+from whimbrel.model import LanguageModel, ModelConfig
 from whimbrel.train.optimizer import OptimizerSettings, adamw
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -38,7 +38,7 @@ def test_attached_a_model_is_the_model_and_only_adapters_learn() -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {f"{name}.lora_{side}" for name, _ in lora.adapters(model) for side in "AB"}
     assert {name.rpartition(".")[2] for name, _ in lora.adapters(model)} == {
-        "in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"
+        "in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"
     }  # fmt: skip
     model(TOKENS).sum().backward()
     assert all((p.grad is not None) == (name in trained) for name, p in model.named_parameters())
@@ -91,6 +91,26 @@ def test_saved_as_peft_saves(tmp_path: Path) -> None:
     for name, module in lora.adapters(model):
         assert torch.equal(tensors[f"base_model.model.backbone.{name}.lora_A.weight"], module.lora_A)
         assert torch.equal(tensors[f"base_model.model.backbone.{name}.lora_B.weight"], module.lora_B)
+
+
+def test_of_a_llama_everything_has_the_name_that_peft_gives_it(tmp_path: Path) -> None:
+    """Names and shapes by hand; tests/parity/test_peft.py loads such a folder where PEFT is installed."""
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "head_dim": 4}
+    config = ModelConfig(pattern="*-*-", **shape, num_key_value_heads=2, mlp="swiglu", rope_theta=1e4, family="llama")
+    settings = LoraSettings(rank=2)
+    lora.save(lora.attach(LanguageModel(config).initialise(0), settings, 0), tmp_path / "a", settings, "base")
+    found = {name: tuple(t.shape) for name, t in load_file(tmp_path / "a" / "adapter_model.safetensors").items()}
+    sizes = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (16, 8), "self_attn.v_proj": (16, 8),
+             "self_attn.o_proj": (16, 16), "mlp.gate_proj": (16, 24), "mlp.up_proj": (16, 24),
+             "mlp.down_proj": (24, 16)}  # fmt: skip
+    wanted = {}
+    for block in (0, 1):
+        for leaf, (inputs, outputs) in sizes.items():
+            theirs = f"base_model.model.model.layers.{block}.{leaf}"
+            wanted |= {f"{theirs}.lora_A.weight": (2, inputs), f"{theirs}.lora_B.weight": (outputs, 2)}
+    assert found == wanted
+    about = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert about["target_modules"] == sorted(leaf.rpartition(".")[2] for leaf in sizes)
 
 
 def test_a_tuned_adapter_and_the_model_it_is_merged_into(world: dict[str, Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from small_world import LOOP, lines, network, vocabulary, write
 
 from whimbrel import config
-from whimbrel.align.sft import SftSettings, encode, modes, shorten, write_rows
+from whimbrel.align.sft import ChatTokensSettings, SftSettings, encode, modes, run_chat_tokens, shorten, write_rows
 from whimbrel.align.sft import run as tune
 from whimbrel.data import shards
 from whimbrel.data.pack import IGNORE, Source, WholeDocuments
@@ -201,3 +201,19 @@ def test_rows_that_are_none_are_named(tmp_path: Path, text: str, message: str) -
         tune(SftSettings(), {"conversations": file, "model": write(tmp_path / "m", [])}, tmp_path, silent)
     with pytest.raises(UserError, match="does not exist"):
         tune(SftSettings(), {"conversations": tmp_path / "x"}, tmp_path, silent)
+
+
+def test_chat_tokens_are_the_shards_of_sft_without_its_training(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "thinking": "2", "content": "1"}
+    rows = [{"messages": [{"role": "user", "content": f"{number}?"}, answer]} for number in range(40)]
+    vocabulary().save(tmp_path / "words")
+    inputs = {"tokenizer": tmp_path / "words", "conversations": write(tmp_path / "c.jsonl", rows)}
+    settings = ChatTokensSettings(off=0.3, cut=0.1, heldout=0.2, seed=5)
+    figures = run_chat_tokens(settings, inputs, tmp_path / "out", silent)
+    same = SftSettings(off=0.3, cut=0.1, heldout=0.2, seed=5)
+    counts = write_rows(same, rows, vocabulary(), tmp_path / "sft", silent)
+    assert figures == {"tokens": shards.TokenShards(tmp_path / "sft" / "train").tokens} | counts
+    for name in ("train.bin", "train.mask.bin", "heldout.bin", "heldout.mask.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "sft" / name).read_bytes()
+    with pytest.raises(UserError, match=r"set cut to 0\.3 or less"):
+        ChatTokensSettings(off=0.7, cut=0.5)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from whimbrel.engine.sampler import Draw, sample, top_log_probs, uniform
+from whimbrel.engine.sampler import Draw, sample, top_log_probs, uniform, uniforms
 from whimbrel.engine.sampling import Sampling
 
 
@@ -81,6 +81,11 @@ def test_uniform_numbers_differ_by_every_argument_and_fill_the_interval():
     assert len(set(values)) == 1000 and all(0 <= value < 1 for value in values)
     tenths = Counter(int(value * 10) for value in values)
     assert min(tenths.values()) > 65 and max(tenths.values()) < 140
+
+
+def test_numbers_of_a_batch_are_those_of_each_draw():
+    draws = [Draw(Sampling(), seed, k, p) for seed in (0, 7, 2**63, 2**127 + 5) for k in (0, 3) for p in (0, 1, 4095)]
+    assert uniforms(draws) == [uniform(d.seed, d.sample, d.position) for d in draws]
 
 
 def test_log_probabilities_of_the_chosen_and_the_likeliest():

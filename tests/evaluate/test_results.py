@@ -151,3 +151,17 @@ def test_pairs_are_the_same_problems_under_the_same_budget() -> None:
 def test_no_evaluation_is_said(tmp_path: Any) -> None:
     with pytest.raises(UserError, match=r"no samples\.jsonl"):
         results.read_samples(tmp_path)
+
+
+def test_a_budgets_curve_in_four_figures() -> None:
+    def rows(budget: int | None, right: int, thought: int) -> list[dict[str, Any]]:
+        outcomes = ["correct"] * right + ["wrong"] * (100 - right)
+        return [sample(n, o, budget=budget, thinking_tokens=thought) for n, o in enumerate(outcomes)]
+
+    curve = summary([*rows(None, 90, 40), *rows(0, 30, 0), *rows(8, 20, 10), *rows(32, 80, 30)])["sums"]
+    found = results.thinking(curve)
+    assert found["half"] == pytest.approx(0.5)  # at 20 tokens, between 10 (0.2) and 30 (0.8)
+    assert found["half_between"] == pytest.approx(0.2)  # 0.5 - 0.3; no limit is 0.4 above
+    assert found["well_formed"] == 1
+    assert found["falls"] < 0 < results.thinking([*curve[:2], curve[2] | {"budget": 64}, curve[3]])["falls"]
+    assert results.thinking(curve[:2]) == results.thinking(curve[2:]) == {}

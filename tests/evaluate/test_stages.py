@@ -82,7 +82,9 @@ def test_modes_of_a_tasks_stage(write: Write, tmp_path: Path) -> None:
         thinking_grace=0, max_tokens=24, batch=32,
     )  # fmt: skip
     assert made == 80
-    found = metrics["test"]
+    found = dict(metrics["test"])
+    curve = found.pop("curve")
+    assert curve["well_formed"] == 1 and curve["half_between"] == 0  # it always says 7, however long it thinks
     assert {mode: one["thinking_tokens"] for mode, one in found.items()} == {
         "think": 4, "off": 0, "budget 2": 2, "budget 3": 3,
     }  # fmt: skip
@@ -208,6 +210,41 @@ def test_what_the_engine_refuses_is_said_and_tried_again(write: Write, tmp_path:
         assert list(store) == [wanted[0].key]
     assert [row["outcome"] for row in rows] == ["correct", runner.DOWN]
     assert "the prompt is empty" in rows[1]["error"]
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"7", b'[{"text": "7"}]', b"\0\0\0"])
+def test_a_damaged_line_among_the_kept_answers_is_named(write: Write, tmp_path: Path, line: bytes) -> None:
+    """Only the last line can be torn by a death; any other is somebody's work. What is taken out is made again."""
+    questions, model = problems(tmp_path / "tasks", "2+5=", "2+5?"), write(*SUMS)
+    evaluate(model, questions, tmp_path / "out")
+    (kept,) = (tmp_path / "generations").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(line + b"\n" + whole)
+    with pytest.raises(UserError, match=r"\.jsonl, line 1, is damaged; remove that line"):
+        evaluate(model, questions, tmp_path / "out")
+    kept.write_bytes(whole)
+    assert evaluate(model, questions, tmp_path / "out")[1] == 0
+
+
+def test_another_model_under_the_same_name_answers_for_itself(write: Write, tmp_path: Path) -> None:
+    questions, out = problems(tmp_path / "tasks", "2+5="), tmp_path / "out"
+    first, _ = evaluate(write(*SUMS), questions, out)
+    second, made = evaluate(write("=8", "8$"), questions, out)  # the same folder, other weights
+    assert (first["sums"]["think"]["accuracy"], second["sums"]["think"]["accuracy"], made) == (1, 0, 1)
+
+
+def test_a_comparison_with_nothing_in_common_is_refused_before_a_token(write: Write, tmp_path: Path) -> None:
+    model = write(*SUMS)
+    evaluate(model, problems(tmp_path / "tasks", "2+5="), tmp_path / "a")
+    for changes in ({"budgets": [4]}, {"tasks": {"other": {"path": "sums.jsonl"}}}):
+        with pytest.raises(UserError, match="answers none of these problems under these budgets"):
+            evaluate(model, tmp_path / "tasks", tmp_path / "b", inputs={"against": tmp_path / "a"}, **changes)
+    assert not (tmp_path / "b" / "samples.jsonl").exists()
+    with pytest.raises(UserError, match="answers none"):
+        asked = problems(tmp_path / "more", "3+4=")
+        evaluate(model, asked, tmp_path / "b", inputs={"against": tmp_path / "a"}, max_tokens=15)
+    (kept,) = (tmp_path / "generations").iterdir()
+    assert len(kept.read_bytes().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from whimbrel.evaluate.statistics import Z, majority, mcnemar, mean, paired, pass_at, share
+from whimbrel.evaluate.statistics import Z, falls, majority, mcnemar, mean, paired, pass_at, share
 
 
 def wilson(p: float, n: float) -> tuple[float, float]:
@@ -103,3 +103,9 @@ def test_means_of_several_samples_change_sides() -> None:
     assert found["test"] == "change of sides"
     assert found["p"] == pytest.approx(0.25, abs=0.02)
     assert found == paired([0.0, 0.25, 0.5], [0.5, 0.75, 1.0])
+
+
+def test_falls_is_measured_between_the_ends_of_intervals() -> None:
+    up = [{"low": 0.1, "high": 0.2}, {"low": 0.15, "high": 0.3}, {"low": 0.5, "high": 0.6}]
+    assert falls(up) == pytest.approx(0.1 - 0.3)
+    assert falls(up[::-1]) == pytest.approx(0.5 - 0.2)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from whimbrel.errors import UserError
-from whimbrel.evaluate.tasks import ASK, TaskSettings, read
+from whimbrel.evaluate.tasks import TaskSettings, read
 from whimbrel.verify import judge
+from whimbrel.verify.math import ASK
 
 BENCHMARKS = Path(os.environ.get("WHIMBREL_BENCHMARKS", Path(__file__).parents[3] / "shared" / "benchmarks"))
 ROWS: dict[str, tuple[str, Any]] = {
@@ -76,6 +77,17 @@ def test_rows_of_our_own(tmp_path: Path) -> None:
         ([{"prompt": "a", "answer": "b", "verifier": "exat"}], {}, "line 1: verifier is 'exat'; did you mean 'exact'"),
         (["\n", {"prompt": "a", "verifier": "exact"}], {}, "line 2: no key 'answer'"),
         ([], {}, "holds no problems"),
+        ([{"prompt": 5, "answer": "b", "verifier": "exact"}], {}, "line 1: the prompt is 5; write a text or a list"),
+        ([{"prompt": "", "answer": "b", "verifier": "exact"}], {}, "line 1: the prompt is ''"),
+        (
+            [{"question": "a", "answer": 7}],
+            {"form": "gsm8k", "path": "sums.jsonl"},
+            "line 1: a value of the wrong kind .*rpartition",
+        ),
+        ([{"id": "x", "prompt": "a", "answer": "b", "verifier": "exact"}] * 2, {}, "has the id 'x' more than once"),
+        (["half a li"], {}, "line 1: not JSON"),
+        ([], {"languages": ("de",)}, "languages is set, but the form jsonl has none; leave it out"),
+        ([], {"form": "gsm8k", "group": "terms"}, "group is set, but the form gsm8k has none"),
         ([], {"form": "gsm"}, "form is 'gsm'; did you mean 'mgsm'"),
         ([], {"path": "other.jsonl"}, r"other\.jsonl is not there; set tasks\.sums\.path"),
     ],
@@ -84,6 +96,16 @@ def test_what_is_wrong_is_named(rows: list[Any], settings: dict[str, Any], said:
     put(tmp_path / "sums.jsonl", *rows)
     with pytest.raises(UserError, match=said):
         read("sums", TaskSettings(**settings), tmp_path)
+
+
+def test_files_that_are_no_text_or_no_table(tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(UserError, match=r"sums\.jsonl is not UTF-8"):
+        read("sums", TaskSettings(), tmp_path)
+    put(tmp_path / "mgsm" / "mgsm_de.tsv", "Zwei und fünf?\t7\nUnd?\n")
+    with pytest.raises(UserError, match=r"mgsm_de\.tsv, line 2: not question, tab, answer"):
+        read("mgsm", TaskSettings(), tmp_path)
+    assert len(read("mgsm", TaskSettings(limit=1), tmp_path)) == 1
 
 
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks' files are not here")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +49,23 @@ def see(packages: Path, code: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=packages).stdout
 
 
+def misplaced(file: Path) -> tuple[set[str], set[str]]:
+    """Functions of a library that use AVX: those compiled for it, and others, which any processor may come to.
+
+    Such others are inline functions of a header: every file brings its own copy, and the linker keeps one of them.
+    """
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", file], capture_output=True, text=True, check=True)
+    there: set[str] = set()
+    name = ""
+    for line in listing.stdout.splitlines():
+        if found := re.match(r"[0-9a-f]+ <(.+)>:$", line):
+            name = found[1]
+        elif found := re.match(r"\s+[0-9a-f]+:\s+(v(?!er[rw])|.*%[yz]mm)", line):
+            there.add(name)
+    others = {name for name in there if not re.search("8whimbrel(4avx2|6avx512)", name)}
+    return there - others, others
+
+
 LOOK = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
@@ -71,8 +90,12 @@ def test_where_a_compiler_is_the_library_is_loaded() -> None:
 def test_with_a_compiler_the_library_comes_along(tmp_path: Path) -> None:
     if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("there is no C++ compiler here")
-    packages = install(tmp_path)
-    assert len(library(packages)) == 1
+    strict = ("cmake.define.WHIMBREL_STRICT=ON", "install.strip=false")  # warnings are errors here, for users never
+    packages = install(tmp_path, *(f"--config-settings={setting}" for setting in strict))
+    (found,) = library(packages)
+    if shutil.which("objdump") and platform.machine() in ("x86_64", "AMD64"):
+        theirs, others = misplaced(found)
+        assert len(theirs) > 20 and not others
     file, form, reason = see(packages, LOOK).strip().split("|")
     assert Path(file) == packages / "whimbrel" / "__init__.py"
     assert (form, reason) == ("cpu", "there")

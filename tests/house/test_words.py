@@ -15,6 +15,7 @@ from whimbrel import cli, config
 from whimbrel.engine import Sampling
 from whimbrel.pipeline import recipe, single
 from whimbrel.pipeline.stages import STAGES
+from whimbrel.train.plan import TrainingPlanSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
@@ -43,7 +44,8 @@ def commands(page: Path) -> list[str]:
 
 def check(line: str) -> None:
     """Parse one command as the program would, and read the settings it gives; fails if either does not exist."""
-    _, *words = shlex.split(line)
+    line = re.sub(r"\$\(cat (\S+)\)", lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), line)
+    _, *words = shlex.split(line, comments=True)
     if words[0].startswith("-") or PLACEHOLDER.match(words[0]) or words[0] in ("...", "…"):
         return
     assert words[0] in GROUP.commands, f"{line}: no command {words[0]}"
@@ -59,7 +61,7 @@ def check(line: str) -> None:
     elif words[0] in STAGES and overrides:
         single._settings(words[0], None, overrides)
     elif overrides:
-        config.load(Sampling, None, overrides)
+        config.load(TrainingPlanSettings if words[0] == "plan" else Sampling, None, overrides)
 
 
 def found() -> list[tuple[str, str]]:

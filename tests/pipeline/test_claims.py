@@ -9,8 +9,16 @@ from whimbrel.errors import UserError
 from whimbrel.pipeline.claims import Claim, held
 
 MADE = {
-    "before": {"metrics": {"sums": {"off": {"accuracy": 0.25}}, "flag": "x"}, "peak_memory_bytes": 100},
-    "after": {"metrics": {"sums": {"think": {"accuracy": 0.75}}}},
+    "before": {
+        "metrics": {"sums": {"off": {"accuracy": 0.25}}, "flag": "x"},
+        "peak_memory_bytes": 100,
+        "wall_seconds": 30.0,
+    },
+    "after": {
+        "metrics": {"sums": {"think": {"accuracy": 0.75}}},
+        "peak_memory_bytes": 2**30,
+        "wall_seconds": 60.0,
+    },
 }
 
 
@@ -27,6 +35,8 @@ def claim(**said: object) -> Claim:
         ({"of": "before.peak_memory_bytes", "most": 99}, 100.0, False),
         ({"of": "before.sums.think.accuracy", "least": 0}, None, False),
         ({"of": "before.flag", "least": 0}, None, False),
+        ({"of": "run.minutes", "most": 1.5}, 1.5, True),
+        ({"of": "run.gibibytes", "most": 0.9}, 1.0, False),
     ],
 )
 def test_figures(said: dict[str, object], figure: float | None, met: bool) -> None:

@@ -128,8 +128,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "tensors cut short": lambda path: tensors_of(path).write_bytes(tensors_of(path).read_bytes()[:-9]),
     "tensors gone": lambda path: tensors_of(path).unlink(),
     "state gone": lambda path: (path / "train_state.json").unlink(),
-    "state cut short": lambda path: (path / "train_state.json").write_text('{"step": 10, "schema": 1'),
-    "state without files": lambda path: (path / "train_state.json").write_text('{"step": 10, "schema": 1}'),
+    "state cut short": lambda path: (path / "train_state.json").write_text('{"step": 10, "schema": 2'),
+    "state without files": lambda path: (path / "train_state.json").write_text('{"step": 10, "schema": 2}'),
     "state of something else": lambda path: (path / "train_state.json").write_text("[1]"),
 }
 
@@ -156,7 +156,7 @@ def test_another_schema_is_refused_not_set_aside(tmp_path: Path) -> None:
     saved(tmp_path, 5)
     file = tmp_path / "step-00000005" / "train_state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 99}))
-    with pytest.raises(UserError, match="schema 99, this version reads 1"):
+    with pytest.raises(UserError, match="schema 99, this version reads 2"):
         checkpointing.newest(tmp_path, silent)
     assert file.exists()
 

@@ -19,10 +19,11 @@ from tiny_run import TinySource, curve, tiny_model, tiny_settings, tiny_train
 
 from whimbrel.errors import UserError
 from whimbrel.model.language import LanguageModel
+from whimbrel.train.checkpointing import training_tensors
 from whimbrel.train.interrupt import Stopped
 from whimbrel.train.loop import TrainSettings, pretrain
 from whimbrel.train.objective import CrossEntropy
-from whimbrel.train.optimizer import OptimizerSettings
+from whimbrel.train.optimizer import OptimizerSettings, adamw
 from whimbrel.train.step import NotFinite, accumulate
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -141,8 +142,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) == kills
     tensors = load_file(tensors_of(tmp_path / "checkpoints" / "step-00000012"))
-    for name, tensor in whole[1].state_dict().items():
-        assert torch.equal(tensor, tensors[f"model.{name}"]), name
+    state = training_tensors(whole[1], adamw(whole[1], OptimizerSettings()))
+    weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+    assert sum(t.numel() for t in weights.values()) == sum(t.numel() for t in whole[1].state_dict().values())
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, tensors[name]), name
     assert curve(tmp_path) == curve(whole[0])
 
 

@@ -15,9 +15,9 @@ from whimbrel import ops
 from whimbrel.errors import UserError
 from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
+from whimbrel.parallel.recompute import recomputed
 from whimbrel.train import memory
 from whimbrel.train.objective import CrossEntropy
-from whimbrel.train.recompute import recomputed
 from whimbrel.train.step import accumulate
 
 LENGTHS = (700, 1, 1300, 47)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from whimbrel.align.policy import PolicyBatch, PolicyGradient, advantages, log_probs
-from whimbrel.align.rollout import PROMPT_KEYS, Sample, accuracy, pack, reward
-from whimbrel.align.tuning import check_counts, check_shares, load, read_rows
+from whimbrel.align.rollout import Sample, accuracy, pack, read_prompts, reward
+from whimbrel.align.tuning import check_counts, check_shares, load
 from whimbrel.data.order import Permutation
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.prompt import read_prompt
@@ -267,8 +267,8 @@ def _trial(model: LanguageModel) -> None:
 def run(settings: GrpoSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Train the input `model` on the input `prompts`, judged on the input `validation` if it is given."""
     device = torch_device(settings.device)
-    rows = read_rows(inputs["prompts"], "prompts", PROMPT_KEYS)
-    held = read_rows(inputs["validation"], "validation", PROMPT_KEYS) if "validation" in inputs else []
+    rows = read_prompts(inputs["prompts"], "prompts")
+    held = read_prompts(inputs["validation"], "validation") if "validation" in inputs else []
     model, tokenizer = load(inputs["model"], device)
     reference = load(inputs["model"], device)[0].requires_grad_(False) if settings.kl != "none" else None
     trainer = Trainer(settings, model, tokenizer, reference)

@@ -30,8 +30,10 @@ class LoraSettings:
     rank: int = 16
     alpha: float = 32.0
     """The product is scaled by alpha / rank."""
-    targets: tuple[str, ...] = TARGETS
-    """Projections that get an adapter, by the last part of their name."""
+    targets: tuple[str, ...] = tuple(target for target in TARGETS if target != "out_proj")
+    """Projections that get an adapter, by the last part of their name. `out_proj` of Mamba layers is left out because
+    PEFT refuses an adapter that has it.
+    """
 
     def __post_init__(self) -> None:
         if self.rank < 1:

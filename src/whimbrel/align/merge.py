@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from whimbrel.align.rollout import PROMPT_KEYS, accuracy
-from whimbrel.align.tuning import check_counts, load, read_rows
+from whimbrel.align.rollout import accuracy, read_prompts
+from whimbrel.align.tuning import check_counts, load
 from whimbrel.engine import Engine, Sampling
 from whimbrel.errors import UserError
 from whimbrel.events import Report
@@ -92,7 +92,7 @@ def run(settings: MergeSettings, inputs: Mapping[str, Path], out: Path, report: 
     device = torch_device(settings.device)
     first, tokenizer = load(inputs["first"], device)
     second, _ = load(inputs["second"], device)
-    files = {name: read_rows(inputs[name], "validation", PROMPT_KEYS)[: settings.prompts]
+    files = {name: read_prompts(inputs[name], "validation")[: settings.prompts]
              for name in ("validation", "validation_other") if name in inputs}  # fmt: skip
     engine = Engine(first, tokenizer, max_sequences=settings.sequences, prefill_tokens=8192, report=report)
     total = len(settings.alphas) + 2

@@ -4,6 +4,7 @@ OUT/pairs.jsonl   {"prompt", "chosen", "rejected", "chosen_reward", "rejected_re
                   answered both rightly and wrongly, for `dpo`
 OUT/rated.jsonl   {"messages", "attributes"}: every finished answer with what can be said of it without a reader, from 0
                   to 4: `correctness` by the verifier, `verbosity` by its share of `max_tokens`; for `reward`
+OUT/conversations.jsonl   {"messages"}: every right answer, for `sft` (rejection sampling) or `chat-tokens`
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whimbrel.align.rollout import PROMPT_KEYS, reward
-from whimbrel.align.tuning import check_counts, load, read_rows
+from whimbrel.align.rollout import read_prompts, reward
+from whimbrel.align.tuning import check_counts, load
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.answer import Answer
 from whimbrel.errors import UserError
@@ -62,7 +63,7 @@ def message(answer: Answer) -> dict[str, str]:
 
 def run(settings: PairsSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Answer the input `prompts` with the input `model`; returns counts and the mean reward."""
-    rows = read_rows(inputs["prompts"], "prompts", PROMPT_KEYS)[: settings.prompts]
+    rows = read_prompts(inputs["prompts"], "prompts")[: settings.prompts]
     model, tokenizer = load(inputs["model"], torch_device(settings.device))
     engine = Engine(model, tokenizer, max_sequences=settings.sequences, prefill_tokens=8192, report=report)
     requests = [settings.sampling(index) for index in range(len(rows))]
@@ -74,21 +75,22 @@ def run(settings: PairsSettings, inputs: Mapping[str, Path], out: Path, report: 
                 report(
                     {"event": "progress", "done": answer.index + 1, "total": len(rows), "unit": "prompts", "text": ""}
                 )
-    pairs, rated = [], []
+    pairs, rated, own = [], [], []
     for row, group in zip(rows, groups, strict=True):
         finished = [(gain, answer) for gain, answer in group if answer.finish == "stop" and answer.text.strip()]
         for gain, answer in finished:
             verbosity = 4 * len(answer.ids) / settings.max_tokens
             labels = {"correctness": 4 * gain, "verbosity": round(verbosity, 3)}
             rated.append({"messages": [*row["prompt"], message(answer)], "attributes": labels})
+        own += [{"messages": [*row["prompt"], message(answer)]} for gain, answer in finished if gain == 1.0]
         right, wrong = ([answer for gain, answer in finished if gain == wanted] for wanted in (1.0, 0.0))
         if right and wrong:
             pair = {"prompt": row["prompt"], "chosen": [message(right[0])], "rejected": [message(wrong[0])]}
             pairs.append(pair | {"chosen_reward": 1.0, "rejected_reward": 0.0})
     if not pairs:
         raise UserError("no prompt was answered both rightly and wrongly; raise answers or prompts, or give others")
-    for name, made in (("pairs", pairs), ("rated", rated)):
+    for name, made in (("pairs", pairs), ("rated", rated), ("conversations", own)):
         with atomic_write(out / f"{name}.jsonl") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in made)
     mean = sum(gain for group in groups for gain, _ in group) / sum(map(len, groups))
-    return {"pairs": len(pairs), "rated": len(rated), "reward": mean}
+    return {"pairs": len(pairs), "rated": len(rated), "conversations": len(own), "reward": mean}

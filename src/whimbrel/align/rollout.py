@@ -4,21 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from whimbrel.align.policy import PolicyBatch
+from whimbrel.align.tuning import read_rows
+from whimbrel.data.language import detect
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.answer import Answer
-from whimbrel.verify import check
+from whimbrel.errors import UserError
+from whimbrel.verify import Verdict, judge
 
 PROMPT_KEYS = ("prompt", "answer", "verifier")
 
 
+def read_prompts(source: Path, name: str) -> list[dict[str, Any]]:
+    """Rows {"prompt", "answer", "verifier"} of a JSONL file or folder; `UserError` for one that cannot be judged."""
+    rows = read_rows(source, name, PROMPT_KEYS)
+    for number, row in enumerate(rows, start=1):
+        verdict = _judge(row, "x")
+        if verdict.outcome == "grader error":
+            raise UserError(
+                f"{source}, row {number}: the verifier {row['verifier']} cannot judge by {row['answer']!r} "
+                f"({verdict.details['error']}); mend its answer"
+            )
+    return rows
+
+
 def reward(row: Mapping[str, Any], answer: Answer) -> float:
     """1 for a finished answer that the row's verifier takes, else 0."""
-    return float(answer.finish == "stop" and check(row["verifier"], answer.text, row["answer"]))
+    return float(answer.finish == "stop" and _judge(row, answer.text).outcome == "correct")
+
+
+def _judge(row: Mapping[str, Any], text: str) -> Verdict:
+    return judge(row["verifier"], text, row["answer"], lambda text: detect(text)[0])
 
 
 def accuracy(engine: Engine, rows: Sequence[Mapping[str, Any]], sampling: Sampling) -> float:

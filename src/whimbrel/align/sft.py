@@ -7,6 +7,8 @@ not learned (the engine writes it), and the answer stays: so the model learns to
 OUT/model/       the tuned model; with `lora` the adapters are merged into it
 OUT/adapter/     with `lora`: the adapters alone, as PEFT writes them
 OUT/tokens/      the rows as token shards with their mask
+
+The stage `chat-tokens` writes such shards and trains nothing: for `distill`, say, from answers that a model has drawn.
 """
 
 from __future__ import annotations
@@ -53,8 +55,27 @@ class SftSettings(Tuning):
         super().__post_init__()
         check_shares(self, "off", "cut")
         check_counts(self, "length", "batch_rows")
-        if self.off + self.cut > 1:
-            raise UserError(f"off {self.off} and cut {self.cut} are more than all; set cut to {1 - self.off:g} or less")
+        check_modes(self.off, self.cut)
+
+
+@dataclass(frozen=True)
+class ChatTokensSettings:
+    """Conversations as token shards: `off`, `cut`, `heldout` and `seed` are those of `sft`."""
+
+    off: float = 0.0
+    cut: float = 0.0
+    heldout: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_shares(self, "off", "cut", "heldout")
+        check_modes(self.off, self.cut)
+
+
+def check_modes(off: float, cut: float) -> None:
+    """Raise `UserError` where the shares of two modes are more than all."""
+    if off + cut > 1:
+        raise UserError(f"off {off} and cut {cut} are more than all; set cut to {1 - off:g} or less")
 
 
 def encode(
@@ -83,7 +104,10 @@ def shorten(tokenizer: Tokenizer, thought: str, draw: np.random.Generator) -> st
     return thought[:end] if end >= 0 else thought if "\n" in thought else kept
 
 
-def modes(settings: SftSettings, count: int) -> tuple[list[Mode], list[bool]]:
+Modes = SftSettings | ChatTokensSettings
+
+
+def modes(settings: Modes, count: int) -> tuple[list[Mode], list[bool]]:
     """The mode of each of `count` conversations, and whether it is held out."""
     draws_C2 = np.random.default_rng([settings.seed, 1]).random((count, 2))
     chosen: list[Mode] = ["off" if u < settings.off else "cut" if u < settings.off + settings.cut else "on"
@@ -92,7 +116,7 @@ def modes(settings: SftSettings, count: int) -> tuple[list[Mode], list[bool]]:
 
 
 def write_rows(
-    settings: SftSettings, rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, out: Path, report: Report
+    settings: Modes, rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, out: Path, report: Report
 ) -> dict[str, int]:
     """Shards `train` and, if anything is held out, `heldout`; returns how many conversations are in which mode."""
     chosen, held = modes(settings, len(rows))
@@ -108,6 +132,15 @@ def write_rows(
         if wanted in held and not (out / f"{name}.idx").exists():
             shards.write(out / name, side(wanted), tokenizer.vocab_size)
     return {mode: chosen.count(mode) for mode in ("on", "off", "cut")}
+
+
+def run_chat_tokens(
+    settings: ChatTokensSettings, inputs: Mapping[str, Path], out: Path, report: Report
+) -> dict[str, Any]:
+    """Write the input `conversations` as shards, in the words of the input `tokenizer` (a model's folder will do)."""
+    rows = read_rows(inputs["conversations"], "conversations", ["messages"])
+    counts = write_rows(settings, rows, Tokenizer.load(resolve(inputs["tokenizer"])), out, report)
+    return {"tokens": shards.TokenShards(out / "train").tokens} | counts
 
 
 def run(settings: SftSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:

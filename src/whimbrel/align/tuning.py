@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,17 +23,21 @@ from whimbrel.text import Tokenizer
 from whimbrel.train.loop import TrainSettings, train
 from whimbrel.train.objective import Objective
 from whimbrel.train.stages import check_device
+from whimbrel.verify.math import ASK
 
 
 def read_rows(source: Path, name: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Every row of a JSONL file; a folder stands for its NAME.jsonl. UserError for a row without one of the keys."""
+    """Every row of a JSONL file; a folder stands for its NAME.jsonl. UserError for a row without one of the keys.
+
+    A row as GSM8K's authors publish it has every key that a conversation or a prompt needs.
+    """
     path = source / f"{name}.jsonl" if source.is_dir() else source
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a JSONL file, or a folder that holds {name}.jsonl")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row = _gsm8k(json.loads(line))
             missing = [key for key in keys if key not in row]
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error}); write one object a line") from error
@@ -42,6 +47,20 @@ def read_rows(source: Path, name: str, keys: Sequence[str]) -> list[dict[str, An
     if not rows:
         raise UserError(f"{path} is empty; write at least one row")
     return rows
+
+
+def _gsm8k(row: Any) -> Any:
+    """`{"question", "answer": "steps #### number"}` as a solution to learn and a problem to try; all else as it is.
+
+    The calculator's notes (`<<3*4=12>>`) are left out, and the number stands as the prompt asks for it.
+    """
+    if not isinstance(row, dict) or "question" not in row or "####" not in str(row.get("answer")):
+        return row
+    steps, _, number = row["answer"].rpartition("####")
+    asked = [{"role": "user", "content": row["question"] + ASK}]
+    told = f"{re.sub('<<.*?>>', '', steps).strip()}\n\\boxed{{{number.strip()}}}"
+    messages = [*asked, {"role": "assistant", "content": told}]
+    return {"messages": messages, "prompt": asked, "answer": number.strip(), "verifier": "math"}
 
 
 def load(source: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:

@@ -39,12 +39,12 @@ def visit(model: LanguageModel, windows: Sequence[Tensor]) -> Iterator[tuple[str
     after the other; replace them as they come, and the next layer is computed with the new ones. Held are the streams
     of all windows (T D numbers each) and the sums of one layer.
     """
-    streams = [model.embeddings(tokens_T) for tokens_T in windows]
+    streams, products = [model.embeddings(tokens_T) for tokens_T in windows], _Products()
     layouts = [Layout.of([len(tokens_T)]) for tokens_T in windows]
     for index, layer in enumerate(model.layers):
         projections = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear | PackedLinear)}
         grams = {name: torch.zeros(1, dtype=torch.float64) for name in projections}
-        hooks = [m.register_forward_pre_hook(_adding(grams, name)) for name, m in projections.items()]
+        hooks = [m.register_forward_pre_hook(products.adding(grams, name)) for name, m in projections.items()]
         for x_TD, layout in zip(streams, layouts, strict=True):
             layer(x_TD, layout, None)
         for hook in hooks:
@@ -54,12 +54,24 @@ def visit(model: LanguageModel, windows: Sequence[Tensor]) -> Iterator[tuple[str
         streams = [layer(x_TD, layout, None) for x_TD, layout in zip(streams, layouts, strict=True)]
     grams = {"": torch.zeros(1, dtype=torch.float64)}
     for x_TD in streams:
-        _adding(grams, "")(None, (model.norm_f(x_TD),))
+        products.adding(grams, "")(None, (model.norm_f(x_TD),))
     yield "embeddings" if model.config.tie_embeddings else "head", grams[""]
 
 
-def _adding(grams: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(_: nn.Module | None, inputs: tuple[Tensor, ...]) -> None:
-        grams[name] = grams[name] + inputs[0].T @ inputs[0]
+class _Products:
+    """x^T x of the input seen last: q, k and v (or up and gate) share theirs."""
 
-    return hook
+    def __init__(self) -> None:
+        self.x_TI: Tensor | None = None
+        self.gram_II = torch.empty(0)
+
+    def adding(self, grams: dict[str, Tensor], name: str) -> Callable[..., None]:
+        """A hook that adds its module's inputs to `grams[name]`."""
+
+        def hook(_: nn.Module | None, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0] is not self.x_TI:
+                self.x_TI = inputs[0]
+                self.gram_II = self.x_TI.T @ self.x_TI
+            grams[name] = grams[name] + self.gram_II
+
+        return hook

@@ -17,8 +17,7 @@ from whimbrel import ops
 from whimbrel.errors import UserError
 from whimbrel.model.checkpoint import probe
 from whimbrel.model.language import LanguageModel
-from whimbrel.model.layout import Layout
-from whimbrel.train.objective import IGNORE, Batch, CrossEntropy, Term
+from whimbrel.train.objective import IGNORE, Batch, CrossEntropy, Term, layout_of
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class Distillation:
         rows_R = torch.from_numpy(labelled_R).to(model.device)
         tokens_T = torch.from_numpy(batch.tokens_T).to(model.device)
         targets_R = torch.from_numpy(batch.targets_T[labelled_R]).to(model.device)
-        hidden_RD = model(tokens_T, Layout.of(batch.lengths, rows=rows_R, device=model.device))
+        hidden_RD = model(tokens_T, layout_of(batch, model.device, rows_R))
         terms = {}
         if "kl" in counts:
             with torch.no_grad():
-                teacher_RD = teacher(tokens_T, Layout.of(batch.lengths, rows=rows_R, device=model.device))
+                teacher_RD = teacher(tokens_T, layout_of(batch, model.device, rows_R))
             kl_R = teacher.head(
                 teacher_RD,
                 lambda wise, wise_VD: model.head(hidden_RD, lambda h, w: ops.kl(h, w, wise, wise_VD, self.chunk)),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.compress.calibrate import perplexity, visit
-from whimbrel.compress.rounding import gptq, inverse_factor
+from whimbrel.compress.rounding import calibrated
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
 from whimbrel.model import checkpoint
@@ -29,7 +29,7 @@ from whimbrel.text import Tokenizer
 from whimbrel.units import format_bytes
 
 BITS = {"int8": 8, "int4": 4}
-METHODS = {"rtn": "each weight to the nearest", "gptq": "calibrated on real text (GPTQ, arXiv 2210.17323)"}
+METHODS = {"rtn": "each weight to the nearest", "gptq": "calibrated on real text (GPTQ, arXiv 2210.17323, and descent)"}
 PAGE = Path(__file__).with_name("corcovado.txt")
 """A page of Darwin's Journal of Researches (1845, in the public domain), read where no text is given."""
 WINDOW, CALIBRATE, MEASURE = 1024, 32_768, 8_192
@@ -120,7 +120,10 @@ def round_model(
     names = list(matrices(model))
     odd = tuple(name for name in names if matrices(model)[name].shape[1] % group)
     if len(odd) == len(names):
-        raise UserError(f"--group is {group}, which divides the inputs of no matrix of this model; it stays as it is")
+        inputs = {matrices(model)[name].shape[1] for name in names}
+        works = [size for size in GROUPS if any(width % size == 0 for width in inputs)]
+        hint = f"set it to {works[-1]}" if works else "32 and 64 do not either, so it stays as it is"
+        raise UserError(f"--group is {group}, which divides the inputs of no matrix of this model; {hint}")
     kept = {*odd} if model.config.tie_embeddings else {*odd, "embeddings"}
     for name in kept:
         place(model, name, round_to_nearest(_weight(model, name), 16))
@@ -131,7 +134,7 @@ def round_model(
             if gram_II is None:
                 place(model, name, round_to_nearest(weight_OI, bits, group))
             else:
-                place(model, name, pack(*gptq(weight_OI, inverse_factor(gram_II), bits, group), bits))
+                place(model, name, pack(*calibrated(weight_OI, gram_II, bits, group), bits))
         report({"event": "progress", "done": done, "total": len(names), "unit": "matrices"})
     return odd
 
@@ -159,14 +162,15 @@ def _windows(tokenizer: Tokenizer, texts: Sequence[Path], method: str) -> tuple[
     for path in texts or (PAGE,):
         try:
             ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"--text {path} is not text in UTF-8 ({error}); give a file of plain text") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text {path} is no text in UTF-8 ({error}); give a file of plain text") from error
         pieces = (ids[at : at + WINDOW - len(start)] for at in range(0, len(ids), WINDOW - len(start)))
         windows += [torch.tensor(start + piece) for piece in pieces if len(piece) > 1]
-    if method != "gptq" and windows:
+    least = 5 if method == "gptq" else 1
+    if len(windows) < least:
+        raise UserError(f"--text holds {len(windows)} windows of {WINDOW} tokens; give at least {least}, better 40")
+    if method != "gptq":
         return _spread(windows, MEASURE), []
-    if len(windows) < 5:
-        raise UserError(f"--text holds {len(windows)} windows of {WINDOW} tokens; give at least 5, better 40")
     rest = [window for place, window in enumerate(windows) if place % 5 != 4]
     return _spread(windows[4::5], MEASURE), _spread(rest, CALIBRATE)
 

@@ -30,8 +30,8 @@ from whimbrel.ops.cpu.library import isa, timed
 from whimbrel.units import format_count
 
 BITS = {"float16": 16, "int8": 8, "int4": 4}
-PROMPT = 512
-"""Tokens of a prompt in one step, as in the engine."""
+PROMPT = {"cpu": 512, "cuda": 8192}
+"""Tokens of a prompt in one step: on a CPU as in the engine, on a GPU so many that products are at their best."""
 SECONDS = 1.0
 """A row is repeated for about so long, and three times at least."""
 
@@ -91,7 +91,9 @@ class Task:
     """A model, and a state for `batch` sequences of `context` tokens, filled as if those had been read."""
 
     def __init__(self, model: LanguageModel, context: int, batch: int) -> None:
-        self.model, self.context, self.batch = model, context, batch
+        self.model, self.context, self.batch, self.device = model, context, batch, model.device
+        self.prompt = PROMPT[self.device.type]
+        self.graph: Any = None
         self.blocks = -(-(context + 1) // BLOCK)
         self.state = State.empty(
             model.config,
@@ -99,47 +101,57 @@ class Task:
             blocks=batch * self.blocks,
             dtype=model.dtype,
             kv_dtype=model.kv_dtype,
+            device=self.device,
         )
         for side in (self.state.k, self.state.v, self.state.ssm, self.state.conv):
             for tensor in side.values():
                 tensor.normal_(0.0, 0.5)
-        self.slots_S = torch.arange(batch)
-        self.table = torch.arange(batch * self.blocks).view(batch, self.blocks)
-        self.tokens_T = torch.randint(model.config.vocab_size, (max(context, batch),))
+        self.slots_S = torch.arange(batch, device=self.device)
+        self.table = torch.arange(batch * self.blocks, device=self.device).view(batch, self.blocks)
+        self.tokens_T = torch.randint(model.config.vocab_size, (max(context, batch),), device=self.device)
 
     def decode(self) -> Tensor:
-        """The next token of each sequence after a full context; the same step each time."""
-        return self._step(self.tokens_T[: self.batch], [1] * self.batch, self.context)
+        """The next token of each sequence after a full context; the same step each time. On a GPU a recorded graph."""
+        if self.device.type == "cuda":
+            if self.graph is None:
+                layout = self._layout([1] * self.batch, self.context)
+                self.graph, self.best = record(lambda: self._step(self.tokens_T[: self.batch], layout))
+            self.graph.replay()
+            return self.best
+        return self._step(self.tokens_T[: self.batch], self._layout([1] * self.batch, self.context))
 
     def prefill(self) -> None:
         """Read one prompt as long as the context, as the engine does: so many tokens a step."""
-        for begin in range(0, self.context, PROMPT):
-            self.read(begin, min(PROMPT, self.context - begin))
+        for begin in range(0, self.context, self.prompt):
+            self.read(begin, min(self.prompt, self.context - begin))
 
     def read(self, begin: int, tokens: int) -> Tensor:
         """Read `tokens` tokens of one prompt that follow its first `begin`; the token after them."""
-        return self._step(self.tokens_T[begin : begin + tokens], [tokens], begin)
+        return self._step(self.tokens_T[begin : begin + tokens], self._layout([tokens], begin))
+
+    def _layout(self, lengths: list[int], past: int) -> Layout:
+        mine, tokens = slice(len(lengths)), sum(lengths)
+        rows = None if len(lengths) == tokens else torch.tensor([tokens - 1], device=self.device)
+        slots_S, table = self.slots_S[mine], self.table[mine]
+        pasts = [past] * len(lengths)
+        return Layout.of(lengths, pasts, slots=slots_S, block_table=table, rows=rows, device=self.device)
 
     @torch.inference_mode()
-    def _step(self, tokens_T: Tensor, lengths: list[int], past: int) -> Tensor:
-        mine = slice(len(lengths))
-        rows = None if len(lengths) == len(tokens_T) else torch.tensor([len(tokens_T) - 1])
-        pasts = [past] * len(lengths)
-        layout = Layout.of(lengths, pasts, slots=self.slots_S[mine], block_table=self.table[mine], rows=rows)
+    def _step(self, tokens_T: Tensor, layout: Layout) -> Tensor:
         return self.model.head(self.model(tokens_T, layout, self.state)).argmax(-1)
 
     def bytes(self, task: str) -> int:
         """Bytes that must move, from what is there: weights, keys and values read once, states read and written.
 
         Of the embedding a step reads one row a sequence, besides the whole where it is the head too. A prompt reads
-        the weights and the keys before it once every 512 tokens.
+        the weights and the keys before it once every step (512 tokens on a CPU, 8,192 on a GPU).
         """
         config, held = self.model.config, self.state.bytes()
         whole, table = _nbytes(self.model), _nbytes(self.model.embeddings)
         weights = whole - table * (not config.tie_embeddings) + self.batch * table // config.vocab_size
         kv = held["kv"] * (self.context + 1) // (self.blocks * BLOCK)
         once = weights + 2 * (held["conv"] + held["ssm"])
-        steps = -(-self.context // PROMPT)
+        steps = -(-self.context // self.prompt)
         return once + kv if task == "decode" else steps * once + kv * (steps + 1) // 2
 
 
@@ -147,17 +159,53 @@ def _nbytes(module: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def load(name: str, dtype: str) -> LanguageModel:
-    """The model of a folder, file, fetched name or hub id, or random weights in the shape of a preset, on the CPU.
+def record(work: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+    """A CUDA graph of some work, after two runs that compile and warm up, and the tensor it writes its result to."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph, result
 
-    float16, int8 and int4 are weights of so many bits, rounded to the nearest; the arithmetic is float32.
+
+def on_device(work: Callable[[], object], seconds: float) -> dict[str, float]:
+    """As `parts`, on a GPU, where a step is one graph: the median of synchronised runs, all counted as torch's."""
+    times: list[float] = []
+
+    def once() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    once()
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        times.append(_clock(once))
+    median = statistics.median(times)
+    return {"seconds": median, "native_seconds": 0.0, "torch_seconds": median, "python_seconds": 0.0}
+
+
+def load(name: str, dtype: str, device: str = "cpu") -> LanguageModel:
+    """The model of a folder, file, fetched name or hub id, or random weights in the shape of a preset.
+
+    On a CPU float16, int8 and int4 are weights of so many bits, rounded to the nearest; the arithmetic is float32.
+    On a GPU the arithmetic is in the dtype, float32 or bfloat16.
     """
-    if dtype not in ("float32", *BITS):
-        raise UserError(f"dtype is {dtype!r}; set dtype to one of float32, {', '.join(BITS)}")
-    model = LanguageModel(PRESETS[name]).initialise(0) if name in PRESETS else LanguageModel.load(name)
-    if dtype in BITS:
-        pack_model(model, BITS[dtype])
-    return model
+    known = ("float32", *BITS) if device == "cpu" else ("float32", "bfloat16")
+    if dtype not in known:
+        raise UserError(f"dtype is {dtype!r}; on this device set dtype to one of {', '.join(known)}")
+    if device == "cpu":
+        model = LanguageModel(PRESETS[name]).initialise(0) if name in PRESETS else LanguageModel.load(name)
+        if dtype in BITS:
+            pack_model(model, BITS[dtype])
+        return model
+    if name in PRESETS:
+        return LanguageModel(PRESETS[name], device=device, dtype=getattr(torch, dtype)).initialise(0)
+    return LanguageModel.load(name, dtype=dtype, device=device)
 
 
 def numbers(text: str, name: str) -> list[int]:
@@ -169,19 +217,29 @@ def numbers(text: str, name: str) -> list[int]:
 
 
 def run(
-    name: str, contexts: Sequence[int], batches: Sequence[int], dtype: str, threads: int = 0, report: Report = silent
+    name: str,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    dtype: str,
+    threads: int = 0,
+    report: Report = silent,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Load a model and measure a prompt of each length and a step of decoding at each depth and batch: plain data."""
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device is {device!r}; set device to cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu")
     if threads:
         torch.set_num_threads(threads)
-    model, bandwidth, peak = load(name, dtype), machine.bandwidth(), machine.matmul_peak()
+    model, bandwidth, peak = load(name, dtype, device), machine.bandwidth(device), machine.matmul_peak(device)
     tasks = [("prefill", context, 1) for context in contexts]
     tasks += [("decode", context, batch) for context in contexts for batch in batches]
     rows = []
     for done, (task, context, batch) in enumerate(tasks):
         report({"event": "progress", "done": done, "total": len(tasks), "unit": "tasks", "text": f"{task} {context}"})
         rows.append(measure(Task(model, context, batch), task, bandwidth, peak))
-    said = {"model": name, "parameters": count.total(model.config), "dtype": dtype, "native": isa()}
+    said = {"model": name, "parameters": count.total(model.config), "dtype": dtype, "native": isa(), "device": device}
     return said | {"threads": torch.get_num_threads(), "bandwidth": bandwidth, "peak": peak, "rows": rows}
 
 
@@ -190,7 +248,8 @@ def measure(task: Task, name: str, bandwidth: float, peak: float) -> dict[str, A
     config, context, prompt = task.model.config, task.context, name == "prefill"
     tokens = context if prompt else task.batch
     flops = prompt_flops(config, context) if prompt else tokens * count.flops_per_token(config, context + 1)
-    moved, split = task.bytes(name), parts(task.prefill if prompt else task.decode, SECONDS)
+    time_it = parts if task.device.type == "cpu" else on_device
+    moved, split = task.bytes(name), time_it(task.prefill if prompt else task.decode, SECONDS)
     seconds = split["seconds"]
     return {
         "task": name,
@@ -207,9 +266,11 @@ def measure(task: Task, name: str, bandwidth: float, peak: float) -> dict[str, A
 
 def as_text(found: Mapping[str, Any]) -> str:
     """The table a person reads."""
+    native = f"native: {found['native'] or 'none'}; {found['threads']} threads"
+    where = native if found["device"] == "cpu" else "recorded graphs on the GPU, whose kernels"
     head = (
-        f"{found['model']}: {format_count(found['parameters'])} parameters, {found['dtype']}, native: "
-        f"{found['native'] or 'none'}; {found['threads']} threads read {found['bandwidth'] / 1e9:.1f} GB/s here and "
+        f"{found['model']}: {format_count(found['parameters'])} parameters, {found['dtype']}, "
+        f"{where} read {found['bandwidth'] / 1e9:.1f} GB/s here and "
         f"multiply matrices at {found['peak'] / 1e9:.0f} GFLOP/s"
     )
     columns = "task     context  batch  tokens/s   ms/step  native  torch  python  MB/token  of bandwidth  of peak"

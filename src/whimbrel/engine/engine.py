@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from whimbrel.engine.answer import Answer, Chunk
+from whimbrel.engine.graphs import DecodeGraphs
 from whimbrel.engine.memory import default_kv_tokens
 from whimbrel.engine.pool import Pool
 from whimbrel.engine.prompt import Prompt, read_prompt
@@ -83,6 +84,7 @@ class Engine:
         self._skip_special = tokenizer.decode(tokenizer.encode(CLOSE)) == CLOSE
         self._warned = False
         self._scheduler: Scheduler | None = None
+        self._graphs: DecodeGraphs | None = None
 
     def start(self) -> Engine:
         """Take the memory. Called twice it does nothing."""
@@ -101,8 +103,10 @@ class Engine:
                 block_size=self.block_size,
                 dtype=self.dtype,
                 device=self.device,
+                spare=self.device.type == "cuda",
             )
             self._scheduler = Scheduler(pool, self.prefill_tokens)
+            self._graphs = DecodeGraphs(self.model, pool) if self.device.type == "cuda" else None
         return self._scheduler
 
     def add(self, prompt: Prompt, sampling: Sampling, index: int = 0) -> list[Sequence]:
@@ -156,6 +160,8 @@ class Engine:
 
     def _forward(self, work: Work, pool: Pool) -> list[Sequence]:
         """Run the model over one step's tokens and append a token to each sequence whose tokens are all computed."""
+        if self._graphs is not None and all(count == 1 and sequence.cached for sequence, count in work):
+            return self._decode([sequence for sequence, _ in work], self._graphs)
         tokens: list[int] = []
         rows: list[int] = []
         due: list[Sequence] = []
@@ -180,8 +186,25 @@ class Engine:
             self._choose(self.model.head(hidden_SD), due)
         return due
 
-    def _choose(self, logits_SV: torch.Tensor, due: list[Sequence]) -> None:
-        tokens = sample(logits_SV, [sequence.draw(logits_SV.shape[-1], self.device) for sequence in due])
+    def _decode(self, running: list[Sequence], graphs: DecodeGraphs) -> list[Sequence]:
+        """One more token of each running answer, on a GPU: nothing waits for the device but the ids themselves."""
+        logits_SV, best_S = graphs.step(running)
+        due = []
+        for sequence in running:
+            sequence.cached += 1
+            due += [sequence] if not sequence.pending else []
+        if len(due) < len(running):  # the others have more tokens to compute first
+            rows = [row for row, sequence in enumerate(running) if not sequence.pending]
+            logits_SV, best_S = logits_SV[rows], best_S[rows]
+        plain = all(s.sampling.temperature == 0 and s.sampling.repetition_penalty == 1.0 for s in due)
+        if due:
+            self._choose(logits_SV, due, best_S.tolist() if plain else None)
+        return due
+
+    def _choose(self, logits_SV: torch.Tensor, due: list[Sequence], tokens: list[int] | None = None) -> None:
+        """Append a token to each sequence: `tokens`, if they are known, else one drawn from its row."""
+        if tokens is None:
+            tokens = sample(logits_SV, [sequence.draw(logits_SV.shape[-1], self.device) for sequence in due])
         for row, sequence in enumerate(due):
             forced = sequence.next_forced()
             tokens[row] = tokens[row] if forced is None else forced

@@ -18,7 +18,8 @@ class Pool:
     instead.
 
     `slots` sequences can run at once; together they hold `kv_tokens` tokens (rounded up to blocks) of keys and values.
-    A model without attention needs no blocks, and its sequences are never too long.
+    A model without attention needs no blocks, and its sequences are never too long. With `spare` there is one slot and
+    one block more, which belong to nobody: rows that fill up a batch may write there.
     """
 
     def __init__(
@@ -30,16 +31,21 @@ class Pool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        spare: bool = False,
     ) -> None:
         self.block_size = block_size
         self.attends = ATTENTION in config.pattern
         count = -(-kv_tokens // block_size) if self.attends else 0
-        self.state = State.empty(config, slots=slots, blocks=count, block_size=block_size, dtype=dtype, device=device)
+        self.state = State.empty(
+            config, slots=slots + spare, blocks=count + spare, block_size=block_size, dtype=dtype, device=device
+        )
         self.version: int | None = None
         """Version of the weights that computed what the pool holds."""
         self._slots = list(range(slots))  # a heap: the lowest goes first, so that an idle pool is like a new one
         self._blocks = set(range(count))
-        self._table = torch.zeros((slots, max(count, 1)), dtype=torch.int64, device=device)
+        self._table = torch.full(
+            (slots + spare, max(count, 1)), count if spare else 0, dtype=torch.int64, device=device
+        )
         self._device = device
         self._rows: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, dtype=torch.int64, device=device))
         self.slots, self.blocks = slots, count
@@ -104,3 +110,8 @@ class Pool:
             self._rows = (slots, torch.tensor(slots, dtype=torch.int64, device=self._device))
         width = max((len(sequence.blocks) for sequence in sequences), default=0)
         return self._rows[1], self._table[self._rows[1], :width]
+
+    @property
+    def table(self) -> Tensor:
+        """[slots, blocks] the blocks of each slot, in order; with `spare` unused places hold the block of nobody."""
+        return self._table

@@ -8,8 +8,9 @@ the device's random generator. Letters: S rows, V vocabulary, W candidates kept.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,7 @@ _MASK = (1 << 64) - 1
 _CANDIDATES = 1024
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """What the sampler needs of one row: its settings, its own randomness, and the tokens a penalty looks at."""
 
     sampling: Sampling
@@ -42,6 +42,18 @@ def uniform(seed: int, sample: int, position: int) -> float:
     return (word >> 11) / (1 << 53)
 
 
+def uniforms(draws: Rows[Draw]) -> list[float]:
+    """`uniform` of each row's draw, all rows at once."""
+    parts = np.array([[d.seed & _MASK, d.sample, d.position] for d in draws], dtype=np.uint64).T
+    word = np.zeros(len(draws), dtype=np.uint64)
+    for part in parts:
+        word = word + part + np.uint64(0x9E3779B97F4A7C15)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        word ^= word >> np.uint64(31)
+    return ((word >> np.uint64(11)) / float(1 << 53)).tolist()
+
+
 def sample(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     """One token for each row. `logits_SV` is float32 and left as it is; one transfer to the host for each group of
     rows.
@@ -54,8 +66,9 @@ def sample(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0]
     if len(greedy) == len(draws):
         return logits_SV.argmax(-1).tolist()
-    truncated = [row for row, draw in enumerate(draws) if row not in greedy and _truncates(draw.sampling)]
-    whole = [row for row in range(len(draws)) if row not in greedy and row not in truncated]
+    hot = [row for row, draw in enumerate(draws) if draw.sampling.temperature != 0]
+    truncated = [row for row in hot if _truncates(draws[row].sampling)]
+    whole = [row for row in hot if not _truncates(draws[row].sampling)]
     tokens = [0] * len(draws)
     for rows, choose in ((greedy, _greedy), (whole, _whole), (truncated, _truncated)):
         if rows:
@@ -142,7 +155,7 @@ def _probabilities(logits_SV: Tensor, draws: Rows[Draw]) -> Tensor:
 def _invert(weights_SW: Tensor, draws: Rows[Draw]) -> Tensor:
     """[S, 1] index at which each row's cumulative weight first exceeds its uniform share of the total."""
     cumulative_SW = weights_SW.cumsum(-1)
-    share_S1 = _column([uniform(draw.seed, draw.sample, draw.position) for draw in draws], weights_SW)
+    share_S1 = _column(uniforms(draws), weights_SW)
     index_S1 = torch.searchsorted(cumulative_SW, share_S1 * cumulative_SW[:, -1:], right=True)
     last_S1 = (weights_SW > 0).to(torch.int8).flip(-1).argmax(-1, keepdim=True)
     return index_S1.minimum(weights_SW.shape[-1] - 1 - last_S1)

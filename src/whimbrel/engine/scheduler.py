@@ -52,7 +52,9 @@ class Scheduler:
         for sequence in self.running:
             if id(sequence) not in taken and room:
                 room -= self._chunk(work, sequence, room)
-        while room and self.waiting and self.pool.admit(self.waiting[0], spare=len(self.running)):
+        # Nearly full: a few prompts together cost little more than one, so they wait for each other, not for all.
+        together = self.pool.free_slots >= min(len(self.waiting), self.pool.slots // 16)
+        while together and room and self.waiting and self.pool.admit(self.waiting[0], spare=len(self.running)):
             sequence = self.waiting.popleft()
             sequence.begin()
             self.running.append(sequence)

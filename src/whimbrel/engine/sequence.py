@@ -100,7 +100,9 @@ class Sequence:
         text = "" if stops else self.detokenise.push(token)
         if stops or full:
             text += self.detokenise.finish()
-        if text or not stops:
+        if self.thinking.over and not self.sampling.stop:
+            self._take("answer", text)
+        elif text or not stops:
             self._show(self.thinking.push(text))
         if self.finish is None and (stops or full):
             self.end("stop" if stops else "length")

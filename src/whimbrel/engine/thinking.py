@@ -47,6 +47,11 @@ class Thinking:
         return self._state == "open"
 
     @property
+    def over(self) -> bool:
+        """Is all text from now on part of the answer, as it comes?"""
+        return self._state == "after" and not self._lead
+
+    @property
     def ended(self) -> Ended:
         """How the thought ended; `off` if there was none, `length` if the answer ended before its thought did."""
         return self._ended or ("length" if self.active else "off")

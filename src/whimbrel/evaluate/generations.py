@@ -53,7 +53,15 @@ class Generations(dict[str, Mapping[str, Any]]):
         *lines, torn = self._file.read().split(b"\n")
         if torn:  # cut off while it was written
             self._file.truncate(sum(len(line) + 1 for line in lines))
-        super().__init__((row["key"], row) for line in lines for row in json.loads(line))
+        super().__init__()
+        for number, line in enumerate(lines, 1):
+            try:
+                self.update({row["key"]: row for row in json.loads(line)})
+            except (ValueError, TypeError, KeyError):
+                self._file.close()
+                raise UserError(
+                    f"{path}, line {number}, is damaged; remove that line: its answers are then made again"
+                ) from None
 
     def __enter__(self) -> Generations:
         return self

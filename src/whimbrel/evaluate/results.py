@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from whimbrel.errors import UserError
 from whimbrel.evaluate import statistics
 from whimbrel.evaluate.runner import DOWN, OUTCOMES, well_formed
 
 Sample = Mapping[str, Any]
+NOTHING = "the evaluation `against` answers none of these problems under these budgets; name one of the same tasks"
 FILE, SAMPLES = "results.json", "samples.jsonl"
 
 
@@ -104,6 +107,37 @@ def summary(samples: Sequence[Sample]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def check_common(before: Sequence[Sample], asked: Iterable[Sample]) -> None:
+    """`UserError`, before anything is generated, where `before` knows none of what is asked: task, budget, prompt."""
+    known = {(sample["task"], sample["budget"], _asked(sample)) for sample in before}
+    if not any((one["task"], one["budget"], _asked(one)) in known for one in asked):
+        raise UserError(NOTHING)
+
+
+def thinking(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a budget's curve says in four figures; nothing for fewer than three budgets besides off, or without off.
+
+    `well_formed`: the least share over all budgets. `falls`: how far a larger budget lies below a smaller one, from the
+    lower end of one interval to the upper end of the other; up to 0 the curve is monotone within intervals. `half`: the
+    accuracy at half the mean thought, on the line between the two budgets around it; `half_between`: how far it is from
+    thinking off below and from no limit above, whichever is nearer.
+    """
+    found = [one for one in curve if "accuracy" in one]
+    off = next((one for one in found if one["budget"] == 0), None)
+    limited = sorted((one for one in found if one["budget"]), key=lambda one: one["budget"])
+    full = next((one for one in found if one["budget"] is None), None)
+    if off is None or full is None or len(limited) < 2:
+        return {}
+    climb = [*limited, full]
+    points = sorted((one["thinking_tokens"], one["accuracy"]["mean"]) for one in climb)
+    thought, rate = (np.array(values, np.float64) for values in zip(*points, strict=True))
+    half = float(np.interp(full["thinking_tokens"] / 2, thought, rate))
+    between = min(half - off["accuracy"]["mean"], full["accuracy"]["mean"] - half)
+    least = min(one["well_formed"]["mean"] for one in found)
+    falls = statistics.falls([one["accuracy"] for one in climb])
+    return {"well_formed": least, "falls": falls, "half": half, "half_between": between}
+
+
 def compared(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, list[dict[str, Any]]]:
     """The paired comparison of two evaluations, by task and budget, on the problems that both have answers to.
 
@@ -118,7 +152,7 @@ def compared(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, lis
             pair = statistics.paired([others[name] for name in both], [means[name] for name in both])
             found.setdefault(task, []).append({"budget": budget, **pair})
     if not found:
-        raise UserError("the evaluation `against` answers none of these problems; name one of the same tasks")
+        raise UserError(NOTHING)
     return found
 
 

@@ -102,15 +102,20 @@ def _answers(engine: Engine, wanted: Sequence[Request]) -> Iterator[tuple[Reques
             engine.abort(sequence)
 
 
+def sample_of(request: Request) -> dict[str, Any]:
+    """What a sample's row says of the problem, before there is an answer."""
+    item = request.item
+    row = {"task": request.task, "id": item.id, "group": item.group, "cluster": item.cluster}
+    return row | {"sample": request.sample, "budget": request.sampling.thinking_budget, "prompt": request.prompt}
+
+
 def score(request: Request, made: Mapping[str, Any] | None, refused: str | None, detect: Detect) -> dict[str, Any]:
     """The row of one sample: the problem, the answer, and one of OUTCOMES.
 
     An answer that was cut off counts as right if its final answer stands in it; else it is `length`, or `thinking not
     closed` where the thought was still open.
     """
-    item = request.item
-    row: dict[str, Any] = {"task": request.task, "id": item.id, "group": item.group, "cluster": item.cluster}
-    row |= {"sample": request.sample, "budget": request.sampling.thinking_budget, "prompt": request.prompt}
+    item, row = request.item, sample_of(request)
     if made is None:
         return row | {"expected": item.expected, "outcome": DOWN, "error": refused}
     verdict = judge(item.verifier, made["text"], item.expected, detect)

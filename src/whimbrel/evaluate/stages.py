@@ -19,11 +19,11 @@ from whimbrel.config import Settings
 from whimbrel.data.language import detect
 from whimbrel.engine import Engine, Sampling
 from whimbrel.errors import UserError
-from whimbrel.evaluate import results
+from whimbrel.evaluate import results, statistics
 from whimbrel.evaluate.generations import Generations, digest
 from whimbrel.evaluate.loss import LossSettings, by_position
 from whimbrel.evaluate.needle import NeedleSettings, needles
-from whimbrel.evaluate.runner import Request, generate, requests, score
+from whimbrel.evaluate.runner import Request, generate, requests, sample_of, score
 from whimbrel.evaluate.tasks import Item, TaskSettings, read
 from whimbrel.events import Report
 from whimbrel.files import atomic_write
@@ -80,6 +80,8 @@ def run(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path, repor
     model = LanguageModel.load(folder, dtype=settings.dtype, device=torch_device(settings.device)).eval()
     tokenizer, known = Tokenizer.load(folder), digest(folder)
     wanted = ask(settings, problems, tokenizer, known)
+    if before is not None and wanted:
+        results.check_common(before, map(sample_of, wanted))
     engine = Engine(model, tokenizer, max_sequences=settings.batch, report=report)
     with Generations((settings.generations or out.parent / "generations") / f"{known}.jsonl") as store:
         refused = generate(engine, wanted, store, report)
@@ -146,13 +148,20 @@ def mode(budget: int | None) -> str:
 def metrics(made: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest says, `{task: {mode: {…}}}`: problems, accuracy and its interval, thought, well-formedness.
 
-    `text`: loss and perplexity; `against`, again by task and mode: the difference in accuracy, its interval, and p.
+    `curve` of a task asked under several budgets: `results.thinking`. `text`: loss, perplexity, and how far the loss
+    rises within a window, beyond intervals (0 or less: it does not). `against`, again by task and mode: the difference
+    in accuracy, its interval, and p.
     """
     found: dict[str, Any] = {
         task: {mode(one["budget"]): _brief(one) for one in curve} for task, curve in made["tasks"].items()
     }
+    for task, curve in made["tasks"].items():
+        if climb := results.thinking(curve):
+            found[task]["curve"] = climb
     if "text" in made:
-        found["text"] = {"loss": made["text"]["loss"]["mean"], "perplexity": made["text"]["perplexity"]}
+        rises = statistics.falls(made["text"]["positions"][::-1])
+        loss, perplexity = made["text"]["loss"]["mean"], made["text"]["perplexity"]
+        found["text"] = {"loss": loss, "perplexity": perplexity, "rises": rises}
     if "against" in made:
         names = ("difference", "low", "high", "p")
         found["against"] = {

@@ -6,9 +6,10 @@ treat clusters as independent and what is inside one as it comes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,15 @@ def mean(clusters: Sequence[Sequence[float]]) -> Figure:
         return {"mean": middle}
     spread = Z * math.sqrt(variance * len(clusters) / (len(clusters) - 1))
     return {"mean": middle, "low": middle - spread, "high": middle + spread}
+
+
+def falls(figures: Sequence[Mapping[str, float]]) -> float:
+    """How far a later figure lies below an earlier one: from the low end of the one to the high end of the other.
+
+    The largest over all couples; 0 or less: they never fall, within their intervals.
+    """
+    couples = itertools.combinations(figures, 2)
+    return max(earlier["low"] - later["high"] for earlier, later in couples)
 
 
 def pass_at(right: int, of: int, k: int) -> float:

@@ -7,6 +7,7 @@ otherwise.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -18,9 +19,7 @@ from pydantic import Field
 from whimbrel.config import Settings
 from whimbrel.errors import UserError, nearest
 from whimbrel.verify import known
-
-ASK = "\n\nThink step by step, and write the final answer as \\boxed{}."
-"""What follows a mathematical problem; the box is empty, so that repeating the prompt answers nothing."""
+from whimbrel.verify.math import ASK
 
 
 class TaskSettings(Settings):
@@ -57,6 +56,9 @@ def read(name: str, settings: TaskSettings, root: Path) -> list[Item]:
     form = settings.form or (name if name in FORMS else "jsonl")
     if form not in FORMS:
         raise UserError(f"tasks.{name}.form is {form!r}; {nearest(form, FORMS)}")
+    for setting, owner in (("languages", "mgsm"), ("group", "jsonl")):
+        if getattr(settings, setting) and form != owner:
+            raise UserError(f"tasks.{name}.{setting} is set, but the form {form} has none; leave it out")
     place, reader = FORMS[form]
     if root.is_file() and settings.path is None:
         path = root
@@ -64,9 +66,15 @@ def read(name: str, settings: TaskSettings, root: Path) -> list[Item]:
         path = root / (settings.path or place or f"{name}.jsonl")
     if not path.exists():
         raise UserError(f"tasks.{name}: {path} is not there; set tasks.{name}.path to a place in {root}")
-    items = list(reader(path, settings))
+    try:
+        items = list(reader(path, settings))
+    except UnicodeDecodeError as error:
+        raise UserError(f"tasks.{name}: {path} is not UTF-8 ({error.reason}); convert it") from error
     if not items:
         raise UserError(f"tasks.{name}: {path} holds no problems; set tasks.{name}.path to a file that does")
+    twice = [item for item, count in Counter(item.id for item in items).items() if count > 1]
+    if twice:
+        raise UserError(f"tasks.{name}: {path} has the id {twice[0]!r} more than once; give every problem its own")
     return items
 
 
@@ -93,6 +101,8 @@ def _made(path: Path, limit: int | None, make: Callable[[int, dict[str, Any]], I
             raise UserError(
                 f"{path}, line {number}: no key {error}; is the file of the form this task reads?"
             ) from None
+        except (AttributeError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: a value of the wrong kind ({error}); write texts") from None
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
 
@@ -127,7 +137,9 @@ def _mgsm(path: Path, settings: TaskSettings) -> Iterator[Item]:
             raise UserError(f"languages names {language!r}; {nearest(language, files)} (in {path})")
         lines = files[language].read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines[: settings.limit], 1):
-            question, _, answer = line.rpartition("\t")
+            question, tab, answer = line.rpartition("\t")
+            if not tab or not question.strip() or not answer.strip():
+                raise UserError(f"{files[language]}, line {number}: not question, tab, answer; mend it or set limit")
             yield Item(f"{language}-{number}", question + ASK, answer.strip(), "math", str(number), language)
 
 
@@ -135,6 +147,8 @@ def _jsonl(path: Path, settings: TaskSettings) -> Iterator[Item]:
     def make(number: int, row: dict[str, Any]) -> Item:
         group = "" if settings.group is None else f"{settings.group} {row[settings.group]}"
         prompt = row["messages"] if "messages" in row else row["prompt"]
+        if not prompt or not isinstance(prompt, str | list):
+            raise UserError(f"the prompt is {prompt!r}; write a text or a list of messages")
         return Item(str(row.get("id", number)), prompt, row["answer"], known(row["verifier"]), str(number), group)
 
     return _made(path, settings.limit, make)

@@ -37,7 +37,8 @@ class Attention(nn.Module):
         """
         q_THE, k_TKE, v_TKE = self._project(x_TD, layout)
         if state is None:
-            y_THE = ops.attention(q_THE, k_TKE, v_TKE, layout.segments, layout.segments)
+            k_UKE, v_UKE, keys = layout.exchange.keys(k_TKE, v_TKE, layout.segments)
+            y_THE = ops.attention(q_THE, k_UKE, v_UKE, layout.segments, keys)
         else:
             y_THE = _cached(q_THE, k_TKE, v_TKE, layout, state, layer)
         return self.o_proj(y_THE.flatten(1))
@@ -66,8 +67,9 @@ def _cached(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layout: Layout, state: 
     parts = []
     if count:
         assert layout.block_table is not None
-        lengths = [past + 1 for past in layout.past[:count]]
-        parts.append(ops.paged_attention(q_THE[:count], keys, values, layout.block_table, lengths))
+        # On a GPU they are there already; nothing is copied, and a recorded step sees each step's own.
+        counts = layout.key_counts()[:count] if q_THE.is_cuda else [past + 1 for past in layout.past[:count]]
+        parts.append(ops.paged_attention(q_THE[:count], keys, values, layout.block_table, counts))
     rest = layout.segments.rest(count)
     if rest.tokens:
         cut, k_UKE, v_UKE = rest, k_TKE[count:], v_TKE[count:]

@@ -2,7 +2,7 @@
 
 Loading builds the model without memory, checks every name, shape and kind of number before it reads one weight, then
 reads tensor by tensor straight to dtype and device: the peak is the model and one tensor. Nothing is re-initialised.
-Matrices of few bits (and float16 ones, which a CPU multiplies in float32) are not read but mapped, and used in place.
+Matrices of few bits (and float16 ones, which a CPU multiplies in float32) of large models are mapped and used in place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+MAPPED = 2**31
+"""Bytes of codes and scales above which a file is used where it is mapped, not copied to huge pages."""
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 INERT = re.compile(r"rotary_emb\.inv_freq$")  # a table that old Llama files carry; it follows from the config
 
@@ -54,9 +56,12 @@ class Source(Protocol):
 def resolve(source: str | Path) -> Path:
     """The folder or `.gguf` file that a user means: a path, a fetched model's name, or a hub id (downloaded).
 
-    The folder of a stage that made a model stands for the `model` in it.
+    The folder of a stage that made a model stands for the `model` in it, and a file `….name` for the model that its
+    one line names, as a user would: so a recipe can give a fetched model where a path is asked for.
     """
     path = Path(source).expanduser()
+    if path.suffix == ".name" and path.is_file():
+        return resolve(path.read_text(encoding="utf-8").strip())
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
         return path / "model"
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -203,7 +208,8 @@ def _same(source: Source, head: str | None, embeddings: str, where: Path) -> Non
 def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device: torch.device, where: Path) -> None:
     """Give every tensor of a model on the meta device its values. All shapes are checked before one is read.
 
-    Codes and scales stay where the file is mapped, if they lie there as the model wants them and it is on a CPU.
+    On a CPU codes and scales of more than `MAPPED` bytes stay where the file is mapped, if they lie there as the model
+    wants them. Fewer are copied to huge pages, from which they are read twice as fast.
     """
     wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert set(wanted) == set(table), f"the name map and the model differ: {set(wanted) ^ set(table)}"
@@ -214,6 +220,8 @@ def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device:
                 f"{where}: tensor {theirs} is {list(found)}, but config.json asks for {list(shape)}; use its own config"
             )
     mapped = _mapped(wanted, source, table, where)
+    if sum(tensor.nbytes for tensor in mapped.values()) <= MAPPED:
+        mapped = {}
     copied = [tensor for ours, tensor in wanted.items() if ours not in mapped]
     arena = Arena(sum(t.nbytes for t in copied), len(copied)) if device.type == "cpu" else None
     for ours, theirs in table.items():
@@ -255,14 +263,18 @@ def save(
     licence: str | None = None,
     facts: Mapping[str, str] | None = None,
     shard_bytes: int = 5_000_000_000,
+    write: Callable[[Mapping[str, Tensor], Path, int], None] = tensors.write,
 ) -> None:
     """Write a Hugging Face folder of the model's family, whole or not at all, in the dtypes the parameters have.
 
     lineage: one line for each model and data set it was made from, with its licence; licence: an SPDX name; facts: what
     else the card's table says. All go into the model card. A folder that is there is replaced if it holds a model, and
-    refused if it holds anything else.
+    refused if it holds anything else. write: what puts the tensors into files.
     """
     folder = Path(folder)
+    if model.share is not None:  # spread over processes, which write together
+        model.share.save(model, folder, tokenizer_folder, lineage=lineage, licence=licence, facts=facts)
+        return
     check_target(folder)
     config = model.config
     said, table = families.config_to_hf(config), fewbits.on_disk(model, families.names(config))
@@ -274,7 +286,7 @@ def save(
         shaped |= {name: held[families.names(config)[ours]].clone() for name, ours in families.copies(config).items()}
     dtype = str(held[families.names(config)["embeddings.weight"]].dtype if not form else model.dtype)
     with atomic_folder(folder) as beside:
-        tensors.write(shaped, beside, shard_bytes)
+        write(shaped, beside, shard_bytes)
         _write_json(beside / "config.json", {**said, "torch_dtype": dtype.removeprefix("torch."), **form})
         ids = {name: said[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if said[name] is not None}
         _write_json(beside / "generation_config.json", ids)

@@ -64,16 +64,17 @@ class Decoder:
         """A copy begins anew: addresses are worth nothing elsewhere."""
         return Decoder, ()
 
-    def __call__(self, model: Any, tokens_S: Tensor, layout: Layout, state: State) -> Tensor | None:
-        """hidden_SD after the final norm, of sequences of one token each; None where only the general path does it."""
-        if torch.is_grad_enabled() or not ops.native() or tokens_S.device.type != "cpu":
+    def __call__(self, model: Any, tokens_T: Tensor, layout: Layout, state: State) -> Tensor | None:
+        """hidden_SD after the final norm, of the sequences that decode; None where only the general path does it."""
+        if torch.is_grad_enabled() or not ops.native() or tokens_T.device.type != "cpu":
             return None
         if self._look() != self.seen:
             self._tell(model)
         if self.step is None or not self._point(state):
             return None
         assert layout.slots is not None
-        return self.step.run(tokens_S, layout.slots, layout.key_counts(), layout.block_table)
+        table = layout.block_table
+        return self.step.run(tokens_T[: layout.decodes], layout.slots, layout.key_counts(), table)
 
     def _look(self) -> tuple[list[Any], list[int]]:
         modules = [place.get(name) for place, name in self.modules]

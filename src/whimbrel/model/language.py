@@ -83,6 +83,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.weights_version = 0
+        self.share: Any = None
+        """How it is spread over processes, if it is (`parallel/apply.py`)."""
         self.embeddings: nn.Embedding | PackedEmbedding = nn.Embedding(
             config.vocab_size, config.hidden_size, device=device, dtype=dtype
         )
@@ -106,9 +108,11 @@ class LanguageModel(nn.Module):
                 )
             flat = Layout.of([length] * batch, device=tokens.device)
             return self.head(self(tokens.flatten(), flat)).unflatten(0, (batch, length))
-        if state is not None and layout.only_decodes:
+        if state is not None and layout.decodes:
             hidden_TD = self.decoder(self, tokens, layout, state)
             if hidden_TD is not None:
+                if not layout.only_decodes:
+                    hidden_TD = torch.cat([hidden_TD, self(tokens[layout.decodes :], layout.rest(), state)])
                 return hidden_TD if layout.rows is None else hidden_TD[layout.rows]
         x_TD = self.embeddings(tokens)
         for layer in self.layers:

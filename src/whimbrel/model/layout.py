@@ -17,6 +17,27 @@ from whimbrel.model.positions import rotation
 from whimbrel.ops.segments import Segments
 
 
+class Exchange:
+    """What a layer in training needs from tokens that lie on other ranks. This one knows of none; `parallel/context.py`
+    has one that asks.
+    """
+
+    def halo(self, x_TI: Tensor, width: int, sequences: int) -> Tensor | None:
+        """[S, I, width]: the convolution's inputs before each sequence; None: zeros."""
+        return None
+
+    def state(self, x_THP: Tensor, dt_TH: Tensor, a_H: Tensor, b_TGN: Tensor, sequences: int) -> Tensor | None:
+        """[S, H, P, N]: the SSM state each sequence begins with; None: zeros."""
+        return None
+
+    def keys(self, k_TKE: Tensor, v_TKE: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Segments]:
+        """Keys and values of all tokens that these may see, and their cut."""
+        return k_TKE, v_TKE, segments
+
+
+ALONE = Exchange()
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """S sequences laid end to end in T tokens, in training, in prefill and in decoding alike.
@@ -40,6 +61,8 @@ class Layout:
     """[S, blocks] blocks of keys and values of each sequence, in order."""
     rows: Tensor | None = None
     """Rows whose hidden state is wanted; None: all."""
+    exchange: Exchange = ALONE
+    """How layers reach tokens of these sequences that lie elsewhere; only without a state."""
     _derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -57,6 +80,7 @@ class Layout:
         block_table: Tensor | None = None,
         rows: Tensor | None = None,
         device: torch.device | str = "cpu",
+        exchange: Exchange = ALONE,
     ) -> Layout:
         """Build a layout from whole numbers. Sequences of one token with a past come first, to take the fast path."""
         segments = Segments.of(lengths, device=device)
@@ -68,7 +92,7 @@ class Layout:
         if slots is not None:
             while decodes < len(past) and segments.lengths[decodes] == 1 and past[decodes] > 0:
                 decodes += 1
-        return cls(segments, past, positions_T, decodes, slots, block_table, rows)
+        return cls(segments, past, positions_T, decodes, slots, block_table, rows, exchange)
 
     def rotation(self, config: ModelConfig) -> tuple[Tensor, Tensor]:
         """cos_TR and sin_TR of the rotary angles, computed once for all layers."""
@@ -80,6 +104,12 @@ class Layout:
     def only_decodes(self) -> bool:
         """Does every sequence bring one token and continue a state?"""
         return 0 < self.decodes == len(self.past)
+
+    def rest(self) -> Layout:
+        """The sequences that do not decode, as a layout of their own, with every row."""
+        count = self.decodes
+        slots, table = (None if v is None else v[count:] for v in (self.slots, self.block_table))
+        return Layout(self.segments.rest(count), self.past[count:], self.positions_T[count:], 0, slots, table)
 
     def key_counts(self) -> Tensor:
         """[T] int64: keys that each token sees, itself included."""

@@ -84,9 +84,14 @@ class Mamba2(nn.Module):
                 fresh_S = torch.tensor([p == 0 for p in past], device=xbc_TI.device)
                 tail = state.conv[layer][slots_S].masked_fill_(fresh_S[:, None, None], 0)
                 initial = state.ssm[layer][slots_S].masked_fill_(fresh_S[:, None, None, None], 0)
+        else:
+            tail = layout.exchange.halo(xbc_TI, self.config.conv_kernel - 1, rest.count)
         xbc_TI, tail = ops.conv(xbc_TI, self.conv_weight, self.conv_bias, rest, tail)
         x_THP, b_TGN, c_TGN = self._split(xbc_TI)
-        y_THP, final, _ = ops.ssd(x_THP, dt_TH, -self.A_log.exp(), b_TGN, c_TGN, self.D, rest, initial)
+        a_H = -self.A_log.exp()
+        if state is None:
+            initial = layout.exchange.state(x_THP, dt_TH, a_H, b_TGN, rest.count)
+        y_THP, final, _ = ops.ssd(x_THP, dt_TH, a_H, b_TGN, c_TGN, self.D, rest, initial)
         if state is not None and slots_S is not None:
             state.conv[layer][slots_S] = tail.to(state.conv[layer].dtype)
             state.ssm[layer][slots_S] = final.to(state.ssm[layer].dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.model.config import ATTENTION, MAMBA, ModelConfig
+from whimbrel.ops.memory import huge
 
 
 @dataclass(eq=False)
@@ -48,11 +49,11 @@ class State:
         block = (blocks, block_size, config.num_key_value_heads, config.head_dim)
         mamba, attention = config.indices(MAMBA), config.indices(ATTENTION)
         return cls(
-            conv={i: torch.zeros(tail, dtype=dtype, device=device).transpose(1, 2) for i in mamba},
-            ssm={i: torch.zeros(state, dtype=torch.float32, device=device) for i in mamba},
+            conv={i: huge(torch.zeros(tail, dtype=dtype, device=device)).transpose(1, 2) for i in mamba},
+            ssm={i: huge(torch.zeros(state, dtype=torch.float32, device=device)) for i in mamba},
             # Not filled: a place is written before it is read, and on a CPU untouched pages cost nothing.
-            k={i: torch.empty(block, dtype=kv_dtype or dtype, device=device) for i in attention},
-            v={i: torch.empty(block, dtype=kv_dtype or dtype, device=device) for i in attention},
+            k={i: huge(torch.empty(block, dtype=kv_dtype or dtype, device=device)) for i in attention},
+            v={i: huge(torch.empty(block, dtype=kv_dtype or dtype, device=device)) for i in attention},
             block_size=block_size,
         )
 

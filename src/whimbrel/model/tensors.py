@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,42 @@ def _fault(file: Path) -> str:
     return f"is cut off in tensor {first}: {size:,} of {max(ends.values()):,} bytes"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: `offset` bytes into a file."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def write(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
     """Write tensors in their order as one file, or as shards of at most `shard_bytes` bytes with an index."""
+    for file, shard in _shards(tensors, folder, shard_bytes):
+        head, order, _ = _head(shard)
+        with open(file, "wb") as sink:
+            sink.write(head)
+            for name in order:
+                numbers = shard[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                numbers.numpy().tofile(sink)
+
+
+def reserve(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> dict[str, Place]:
+    """The files that `write` would write, with zeros for numbers; returns where each tensor belongs."""
+    places = {}
+    for file, shard in _shards(tensors, folder, shard_bytes):
+        head, order, offsets = _head(shard)
+        with open(file, "wb") as sink:
+            sink.write(head)
+            sink.truncate(len(head) + sum(tensor.nbytes for tensor in shard.values()))
+        for name in order:
+            places[name] = Place(file, len(head) + offsets[name], tuple(shard[name].shape), shard[name].dtype)
+    return places
+
+
+def _shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> list[tuple[Path, dict[str, Tensor]]]:
+    """What goes into which file; more than one get an index, which is written here."""
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
@@ -121,32 +156,31 @@ def write(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None
         shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        return _write(shards[0], folder / "model.safetensors")
-    table: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(shard, folder / file)
-        table |= dict.fromkeys(shard, file)
+        return [(folder / "model.safetensors", shards[0])]
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    table = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": table}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [(folder / file, shard) for file, shard in zip(files, shards, strict=True)]
 
 
-def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """One file, whose tensors begin on cache lines if they are as large as that, so that it can be used where it lies.
+def _head(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str], dict[str, int]]:
+    """The header of one file, the order of its tensors, and where each begins behind the header.
 
-    The format leaves no holes between tensors: those whose size is a multiple of a line come first.
+    Tensors begin on cache lines if they are as large as that, so that they can be used where they lie. The format
+    leaves no holes: those whose size is a multiple of a line come first.
     """
     order = sorted(tensors, key=lambda name: -min(LINE, tensors[name].nbytes & -tensors[name].nbytes))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    begins, end = {}, 0
     for name in order:
         tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begins[name], end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": KINDS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], end],
+        }
     head = json.dumps(header).encode()
     head += b" " * (-(len(head) + 8) % LINE)
-    with open(file, "wb") as sink:
-        sink.write(len(head).to_bytes(8, "little") + head)
-        for name in order:
-            numbers = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            numbers.numpy().tofile(sink)
+    return len(head).to_bytes(8, "little") + head, order, begins

@@ -1,8 +1,8 @@
 """Arithmetic, and nothing else: tensors in, tensors out, no knowledge of models.
 
 Every operation has a truth (`ops/reference`, obvious, in float64) and one or more fast forms that are tested against
-it (`ops/torch` on every device, `ops/cpu` where the native library was built). Callers use the names here; which form
-runs is decided below, in one place.
+it (`ops/torch` on every device, `ops/cpu` where the native library was built, `ops/triton` on a GPU where triton is
+installed). Callers use the names here; which form runs is decided below, in one place.
 
 Letters of shapes: T packed tokens, S sequences or slots, D model width, V vocabulary, H heads, P head width of Mamba,
 N state size, G groups, I channels of the convolution, W its width, K key/value heads, E head width of attention.
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from whimbrel.ops import cpu, reference
+from whimbrel.ops import cpu, reference, split
 from whimbrel.ops import torch as vectorised
 from whimbrel.ops.segments import Segments
 
@@ -24,10 +26,26 @@ _FORMS: dict[str, ModuleType] = {"cpu": cpu, "torch": vectorised, "reference": r
 _preferred = ["cpu", "torch", "reference"]
 
 
-def active() -> dict[str, str]:
-    """Operation -> the form that runs now for float32 on a CPU: `cpu` (the native library), `torch` or `reference`."""
+@cache
+def gpu() -> tuple[ModuleType | None, str]:
+    """The form for GPUs (`ops/triton`), or None and why it is not there."""
+    try:
+        return import_module("whimbrel.ops.triton"), ""
+    except ImportError as error:
+        return None, f"{error}; CUDA builds of torch bring triton"
+
+
+def active(device: str = "cpu") -> dict[str, str]:
+    """Operation -> the form that runs now: for float32 on a CPU `cpu` (the native library), `torch` or `reference`; on
+    `cuda` `triton` before these.
+    """
     here = [form for form in _preferred if form != "cpu" or cpu.load()[0] is not None]
-    return {name: next(form for form in here if hasattr(_FORMS[form], name)) for name in OPERATIONS}
+    forms: dict[str, ModuleType] = dict(_FORMS)
+    if device != "cpu":
+        here.remove("cpu")
+        if (kernels := gpu()[0]) is not None:
+            here, forms = ["triton", *here], forms | {"triton": kernels}
+    return {name: next(form for form in here if hasattr(forms[form], name)) for name in OPERATIONS}
 
 
 def native() -> bool:
@@ -38,6 +56,8 @@ def native() -> bool:
 @contextmanager
 def using(form: str) -> Iterator[None]:
     """Run every operation in one form inside the block, for tests and for finding faults."""
+    if form == "triton" and gpu()[0] is not None:
+        _FORMS["triton"] = gpu()[0]  # type: ignore[assignment]
     if form not in _FORMS:
         raise ValueError(f"form is {form!r}; set it to one of {', '.join(_FORMS)}")
     before = list(_preferred)
@@ -50,6 +70,10 @@ def using(form: str) -> Iterator[None]:
 
 def _operation(name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1 and isinstance(args[1], split.SplitVocabulary):
+            return getattr(split, name)(*args, **kwargs)
+        if args[0].is_cuda and _preferred[0] == "cpu" and (kernel := getattr(gpu()[0], name, None)) is not None:
+            return kernel(*args, **kwargs)
         for form in _preferred:
             found = getattr(_FORMS[form], name, None)
             if found is not None:
@@ -79,4 +103,4 @@ ssd_step = _operation("ssd_step")
 step_size = _operation("step_size")
 swiglu = _operation("swiglu")
 
-__all__ = [*OPERATIONS, "Segments", "active", "cpu", "native", "using"]
+__all__ = [*OPERATIONS, "Segments", "active", "cpu", "gpu", "native", "using"]

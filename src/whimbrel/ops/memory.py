@@ -26,11 +26,17 @@ def huge(tensor: Tensor) -> Tensor:
 
     It is advice: systems without them (and tensors of less than two) go on as before.
     """
-    if sys.platform == "linux" and tensor.nbytes >= 2 * HUGE:
+    if sys.platform == "linux" and tensor.device.type == "cpu" and tensor.nbytes >= 2 * HUGE:
         begin = -(-tensor.data_ptr() // _PAGE) * _PAGE
         length = (tensor.data_ptr() + tensor.nbytes - begin) // _PAGE * _PAGE
         _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
     return tensor
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """A CPU tensor copied to huge pages if it is large; else itself."""
+    large = tensor.device.type == "cpu" and tensor.nbytes >= 2 * HUGE
+    return huge(torch.empty(tensor.shape, dtype=tensor.dtype)).copy_(tensor) if large else tensor
 
 
 def fresh(*shape: int) -> Tensor:

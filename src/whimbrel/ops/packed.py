@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whimbrel.ops.memory import settled
+
 PANEL = 8
 """Rows of a panel."""
 GROUPS = (32, 64, 128)
@@ -58,7 +60,7 @@ def pack(q_OI: Tensor, scale_OG: Tensor | None, bits: int) -> Packed:
     """Lay out whole numbers q (8 bits: -127 … 127, 4 bits: -8 … 7) and a scale a group; 16 bits: q are the weights."""
     outputs, inputs = q_OI.shape
     if bits == 16:
-        return Packed(q_OI.to(torch.float16).contiguous(), None, (outputs, inputs), 16)
+        return Packed(settled(q_OI.to(torch.float16).contiguous()), None, (outputs, inputs), 16)
     assert scale_OG is not None
     codes_shape, scales_shape = code_shapes((outputs, inputs), bits, inputs // scale_OG.shape[1])
     assert scales_shape is not None
@@ -70,7 +72,8 @@ def pack(q_OI: Tensor, scale_OG: Tensor | None, bits: int) -> Packed:
     else:
         halves = (q_pri + 8).unflatten(2, (-1, 2, 4)).transpose(1, 2)  # [panel, I/8, row, half, 4]
         codes = (halves[..., 0, :] | halves[..., 1, :] << 4).to(torch.uint8)
-    return Packed(codes.reshape(codes_shape), scales.contiguous(), (outputs, inputs), bits, inputs // scales_shape[1])
+    codes = settled(codes.reshape(codes_shape))
+    return Packed(codes, scales.contiguous(), (outputs, inputs), bits, inputs // scales_shape[1])
 
 
 def integers(weight: Packed) -> tuple[Tensor, Tensor]:

@@ -117,6 +117,28 @@ def training(
     )
 
 
+def small(width: int, train: Sequence[Point], held_out: Sequence[Point], words: str) -> str:
+    """A curve by step without its learning rate: single values, their mean, held-out ones. Spikes leave the frame."""
+    height, ordered = round(width * 0.56), sorted(y for _, y in [*train, *held_out])
+    low, high = min(0.0, ordered[0]), ordered[int(0.985 * (len(ordered) - 1))] * 1.05
+    end = max(x for x, _ in [*train, *held_out])
+    frame = Frame(LEFT, width - 4, TOP + 14, height - BOTTOM + 14, (0, end), (low, high if high > low else low + 1))
+    parts = [_grid(frame, 4), text(0, TOP, words, "axis")]
+    inside = [(x, min(y, frame.y[1])) for x, y in train]
+    parts.append(f'<path class="raw" d="{frame.path(thin(inside, 400))}"/>')
+    parts.append(f'<path class="train" d="{frame.path(thin(smooth(inside, window(inside)), 200))}"/>')
+    if held_out:
+        seen = [(x, min(y, frame.y[1])) for x, y in held_out]
+        parts.append(f'<path class="held" d="{frame.path(seen)}"/>')
+        parts += [f'<circle class="held" cx="{frame.px(x):.1f}" cy="{frame.py(y):.1f}" r="2.2"/>' for x, y in seen]
+    for value in ticks(0, end, 4):
+        parts.append(text(frame.px(value), frame.bottom + 17, f"{value:,g}", "label", "middle"))
+    return (
+        f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape(words)} by step">{"".join(parts)}</svg>'
+    )
+
+
 def lines(width: int, series: Mapping[str, Sequence[Bar]], x_words: str, y_words: str) -> str:
     """Curves with intervals in one frame, each of the style class `s0`, `s1`, ... in their order."""
     height = max(250, round(width * 0.34))
@@ -134,7 +156,7 @@ def lines(width: int, series: Mapping[str, Sequence[Bar]], x_words: str, y_words
             parts.append(f'<circle class="s{number}" cx="{at:.1f}" cy="{frame.py(y):.1f}" r="2.6"/>')
     for value in ticks(*across, 6 if width > 500 else 4):
         parts.append(rule(frame.px(value), frame.bottom, frame.px(value), frame.bottom + 4, "tick"))
-        parts.append(text(frame.px(value), frame.bottom + 17, f"{value:g}", "label", "middle"))
+        parts.append(text(frame.px(value), frame.bottom + 17, f"{value:,g}", "label", "middle"))
     parts.append(text(width - RIGHT, height - 4, x_words, "axis", "end"))
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '

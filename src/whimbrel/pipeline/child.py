@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 
 from whimbrel.errors import UserError
 from whimbrel.pipeline.recipe import Node
+
+_LOST = "one of its processes ended without a word, as when memory runs out"
 
 
 class StageError(Exception):
@@ -34,8 +36,10 @@ class Job:
     log: Path
     lock: int
 
-    def save(self, events: int) -> str:
-        """Write the job for the worker to read; returns the path of the file."""
+    def save(self, events: int | str) -> str:
+        """Write the job for the worker to read; `events` is the descriptor, or the path of a pipe, it speaks into.
+        Returns the path of the file.
+        """
         job = {
             "name": f"stages.{self.node.name}.config",
             "settings": self.node.stage.settings,
@@ -58,32 +62,35 @@ def attend(job: Job, hear: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     when it was asked to stop.
     """
     job.log.parent.mkdir(exist_ok=True)
-    ear, mouth = os.pipe()
-    path = job.save(mouth)
-    with open(job.log, "ab") as log, open(ear, encoding="utf-8") as lines:
+    with _channel(job) as (ear, mouth, events), open(job.log, "ab") as log, open(ear, encoding="utf-8") as lines:
+        path = job.save(events)
         # A session of its own: the terminal's Ctrl-C reaches only the parent, which then asks the stage to stop.
         child = subprocess.Popen(
-            [sys.executable, "-m", "whimbrel.pipeline.worker", path],
+            [sys.executable, *_launcher(job.node.processes), "-m", "whimbrel.pipeline.worker", path],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             pass_fds=(mouth, job.lock),
             start_new_session=True,
+            env=_environment(job.node.processes),
         )
         os.close(mouth)
-        threading.Thread(target=_bury, args=(child,), daemon=True).start()
+        workers: list[int] = []  # leaders of their sessions, where there are several
+        threading.Thread(target=_bury, args=(child, workers), daemon=True).start()
         last: dict[str, Any] = {}
         try:
-            with _handing_on(child, hear) as presses:
+            with _handing_on(child, workers, hear) as presses:
                 for line in lines:
                     event = json.loads(line)
-                    if event.get("event") in ("done", "error", "stopped"):
-                        last = event
+                    if event.get("event") == "process":
+                        workers.append(event["pid"])
+                    elif event.get("event") in ("done", "error", "stopped"):
+                        last = event if not last or _weightier(event, last) else last
                     else:
                         hear(event)
                 child.wait()
         except BaseException:
-            _signal(child, signal.SIGKILL)
+            _signal([child.pid, *workers], signal.SIGKILL)
             raise
         finally:
             child.wait()
@@ -97,8 +104,49 @@ def attend(job: Job, hear: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     raise _cause(job, last, child.returncode)
 
 
+def _weightier(event: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Of several last words: the cause, not what it caused on other processes."""
+    return event.get("reason") != "peer" and last.get("reason", "peer") == "peer"
+
+
 @contextmanager
-def _handing_on(child: subprocess.Popen[bytes], hear: Callable[[dict[str, Any]], None]) -> Iterator[list[int]]:
+def _channel(job: Job) -> Iterator[tuple[int, int, int | str]]:
+    """A pipe: its two ends, and how workers find the second. Those that torchrun starts inherit nothing but know a
+    path.
+    """
+    if job.node.processes == 1:
+        ear, mouth = os.pipe()
+        yield ear, mouth, mouth
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "events")
+        os.mkfifo(path)
+        ear = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        mouth = os.open(path, os.O_WRONLY)  # torchrun keeps it open, so that lines end when all have ended
+        os.set_blocking(ear, True)
+        yield ear, mouth, path
+
+
+def _launcher(processes: int) -> list[str]:
+    """What stands between Python and the module: torchrun, on this machine, for several processes."""
+    if processes == 1:
+        return []
+    words = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
+    return ["-m", "torch.distributed.run", *words]
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Several processes share the cores, unless somebody has said otherwise."""
+    if processes == 1:
+        return dict(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
+
+
+@contextmanager
+def _handing_on(
+    child: subprocess.Popen[bytes], workers: list[int], hear: Callable[[dict[str, Any]], None]
+) -> Iterator[list[int]]:
     """Inside, Ctrl-C and SIGTERM ask the stage to stop at its next safe point; a second one does not wait for that, a
     third one ends it. Yields the signals so far."""
     presses: list[int] = []
@@ -112,7 +160,10 @@ def _handing_on(child: subprocess.Popen[bytes], hear: Callable[[dict[str, Any]],
         presses.append(number)
         if len(presses) <= len(words):
             hear({"event": "log", "text": words[len(presses) - 1]})
-        _signal(child, signal.SIGINT if len(presses) < len(words) else signal.SIGKILL)
+        if len(presses) < len(words):
+            _signal(workers or [child.pid], signal.SIGINT)  # not torchrun too: it would not let them finish
+        else:
+            _signal([child.pid, *workers], signal.SIGKILL)
 
     before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -122,16 +173,17 @@ def _handing_on(child: subprocess.Popen[bytes], hear: Callable[[dict[str, Any]],
             signal.signal(number, handler)
 
 
-def _signal(child: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to a stage and what it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, number)
+def _signal(leaders: Sequence[int], number: int) -> None:
+    """Send a signal to the processes of a stage and what they have started."""
+    for leader in leaders:
+        with suppress(ProcessLookupError):
+            os.killpg(leader, number)
 
 
-def _bury(child: subprocess.Popen[bytes]) -> None:
+def _bury(child: subprocess.Popen[bytes], workers: Sequence[int]) -> None:
     """When a stage has ended, end what it has started: a helper that outlives it keeps its pipe and the lock open."""
     child.wait()
-    _signal(child, signal.SIGKILL)
+    _signal([child.pid, *workers], signal.SIGKILL)
 
 
 def _cause(job: Job, last: Mapping[str, Any], code: int) -> Exception:
@@ -142,6 +194,8 @@ def _cause(job: Job, last: Mapping[str, Any], code: int) -> Exception:
             return UserError(f"stage {name}: {last['text']}")
         if last["reason"] == "disk":
             return UserError(f"stage {name}: no space left for {job.out}; free some, then the same command goes on")
+        if last["reason"] == "peer":
+            return StageError(f"stage {name}: {_LOST} (log: {log}); the same command goes on from its last save")
         if last["reason"] == "memory":
             return UserError(f"stage {name} ran out of memory; make its batches or its model smaller (details: {log})")
         return StageError(
@@ -156,6 +210,8 @@ def _cause(job: Job, last: Mapping[str, Any], code: int) -> Exception:
         return StageError(
             f"stage {name} was killed by {how}{why} (log: {log}); the same command goes on from its last save"
         )
+    if job.node.processes > 1 and not last:
+        return StageError(f"stage {name}: {_LOST} (log: {log}); the same command goes on from its last save")
     return StageError(
         f"stage {name} ended with status {code} and said nothing (log: {log}); the same command tries again"
     )

@@ -5,17 +5,21 @@
       - {say: the child is small, of: distill.probe.shape.parameters, over: merge.probe.shape.parameters, most: 0.65}
 
 `of`, `minus` and `over` are paths: a stage, then keys of its metrics, or of its manifest. The last two are optional.
+`run.minutes` and `run.gibibytes` are the time of all stages together and the most memory that one of them took.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from whimbrel.config import Settings
 from whimbrel.errors import UserError
+
+WHOLE = "run"
+"""What stands for a whole run in a path; no stage can have this name."""
 
 
 class Claim(Settings):
@@ -27,8 +31,8 @@ class Claim(Settings):
     over: str | None = None
     least: float | None = None
     most: float | None = None
-    percent: bool = Field(default=False)
-    """Show the figure in percent (a difference in points)."""
+    unit: Literal["", "%", "points"] = ""
+    """Figure and bound are shares, to be shown in percent, or differences of shares, in points."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Claim:
@@ -39,12 +43,14 @@ class Claim(Settings):
     @property
     def stages(self) -> set[str]:
         """Names of the stages that the paths begin with."""
-        return {path.partition(".")[0] for path in (self.of, self.minus, self.over) if path is not None}
+        return {path.partition(".")[0] for path in (self.of, self.minus, self.over) if path is not None} - {WHOLE}
 
 
 def held(claims: Sequence[Claim], made: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each claim with its `figure` and whether it was `met`; figure None where a stage measured no such thing."""
-    return [_held(claim, made) for claim in claims]
+    seconds, memory = ([one[name] for one in made.values()] for name in ("wall_seconds", "peak_memory_bytes"))
+    whole = {"minutes": sum(seconds) / 60, "gibibytes": max(memory, default=0) / 2**30}
+    return [_held(claim, {**made, WHOLE: {"metrics": whole}}) for claim in claims]
 
 
 def _held(claim: Claim, made: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def _held(claim: Claim, made: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
     met = value is not None and (value >= claim.least if claim.least is not None else value <= (claim.most or 0.0))
     bound = claim.least if claim.least is not None else claim.most
     return {"say": claim.say, "figure": value, "bound": bound, "at_least": claim.least is not None,
-            "met": met, "percent": claim.percent}  # fmt: skip
+            "met": met, "unit": claim.unit}  # fmt: skip
 
 
 def _look(made: Mapping[str, Mapping[str, Any]], path: str) -> float | None:

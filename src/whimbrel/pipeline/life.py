@@ -22,11 +22,15 @@ def gather(folder: Path, made: Sequence[Manifest]) -> dict[str, Any] | None:
     if not evaluations:
         return None
     results = {one["name"]: _read(folder / one["name"] / "results.json") for one in evaluations}
+    curves = [_budgets(results), _positions(results), *_merges(folder, made), *_speeds(folder, made)]
+    asked = [one["name"] for one in evaluations if (folder / one["name"] / "samples.jsonl").stat().st_size]
     return {
-        "standing": standing(evaluations),
-        "curves": [curve for curve in (_budgets(results), _positions(results), *_merges(folder, made)) if curve],
+        "standing": standing(evaluations, {one["name"]: one for one in made}),
+        "curves": [curve for curve in curves if curve],
+        "lessons": lessons(folder, made),
         "sizes": [_size(one) for one in made if one.get("probe")],
-        "samples": _samples(folder / evaluations[0]["name"] / "samples.jsonl"),
+        "samples": _samples(folder / asked[-1] / "samples.jsonl") if asked else [],
+        "asked": asked[-1] if asked else None,
     }
 
 
@@ -34,18 +38,50 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def standing(evaluations: Sequence[Manifest]) -> dict[str, Any]:
-    """One row an evaluation, one column a task and mode: accuracy with its interval."""
+def lessons(folder: Path, made: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """A small curve of every stage that trained, after the first: its loss, or the reward where that is what grows."""
+    found = []
+    for one in made:
+        path = folder / one["name"] / "metrics.jsonl"
+        if not path.exists():
+            continue
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        name = "reward" if one["stage"] == "grpo" else "loss"
+        curve = [(float(record["step"]), record[name]) for record in records if name in record]
+        held = [(float(record["step"]), record["validation_loss"]) for record in records if "validation_loss" in record]
+        words = "mean reward of the answers drawn" if name == "reward" else "loss"
+        found.append({"name": one["name"], "drawn": Markup(charts.small(404, curve, held, words))})
+    return found[1:]
+
+
+def standing(evaluations: Sequence[Manifest], made: Mapping[str, Manifest]) -> dict[str, Any]:
+    """One row an evaluated model, in the order in which they were made; one column a task and mode.
+
+    A cell is an accuracy with its interval, and the paired `change` from the evaluation it was held against; in the
+    column (`text`, `loss`) it is a loss.
+    """
     columns: list[tuple[str, str]] = []
+    rows: dict[str, dict[str, Any]] = {}
     for one in evaluations:
+        source = one["inputs"]["model"]
+        name = str(source.get("stage") or source["file"])
+        stage = made.get(name, {})
+        row = rows.setdefault(name, {"name": name, "seconds": stage.get("wall_seconds"), "cells": {}, "against": None})
+        row["memory"] = stage.get("peak_memory_bytes")
+        changes = one["metrics"].get("against", {})
+        if changes:
+            row["against"] = made[one["inputs"]["against"]["stage"]]["inputs"]["model"].get("stage")
         for task, found in one["metrics"].items():
-            modes = [mode for mode in ("think", "off") if isinstance(found, dict) and "accuracy" in found.get(mode, {})]
-            columns += [(task, mode) for mode in modes if (task, mode) not in columns]
-    rows = [
-        {"name": one["name"], "cells": [one["metrics"].get(task, {}).get(mode) for task, mode in columns]}
-        for one in evaluations
-    ]
-    return {"columns": columns, "rows": [row for row in rows if any(row["cells"])]}
+            if task == "text":
+                row["cells"]["text", "loss"] = {"loss": found["loss"]}
+            for mode in ("think", "off") if task != "against" else ():
+                if "accuracy" in found.get(mode, {}):
+                    row["cells"][task, mode] = found[mode] | {"change": changes.get(task, {}).get(mode)}
+        columns += [place for place in row["cells"] if place not in columns]
+    order = {name: number for number, name in enumerate(made)}
+    for row in rows.values():
+        row["cells"] = [row["cells"].get(place) for place in columns]
+    return {"columns": columns, "rows": sorted(rows.values(), key=lambda row: order.get(row["name"], -1))}
 
 
 def _drawn(title: str, note: str, x: str, y: str, series: Mapping[str, Sequence[charts.Bar]]) -> dict[str, Any]:
@@ -89,6 +125,26 @@ def _merges(folder: Path, made: Sequence[Manifest]) -> list[dict[str, Any]]:
                       for name in names}  # fmt: skip
             note = "Each point is one model between the two, on validation problems."
             found.append(_drawn("Between two models", note, "share of the second model", "share right", series))
+    return found
+
+
+def _speeds(folder: Path, made: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """Tokens a second against the context, one picture a number of sequences."""
+    found = []
+    for one in made:
+        rows = _read(folder / one["name"] / "speed.json")["rows"] if one["stage"] == "speed" else []
+        for batch in dict.fromkeys(row["batch"] for row in rows):
+            series: dict[str, list[charts.Bar]] = {}
+            for row in rows:
+                if row["batch"] == batch:
+                    bar = (row["context"], row["tokens_per_second"], row["low"], row["high"])
+                    series.setdefault(row["model"], []).append(bar)
+            title = f"How fast it answers, {batch} at once" if batch > 1 else "How fast it answers"
+            note = (
+                "Tokens a second by the tokens that each sequence holds, in turns with a dense network of the same "
+                "size; bars go from the slowest to the fastest of five."
+            )
+            found.append(_drawn(title, note, "tokens held", "tokens a second", series))
     return found
 
 

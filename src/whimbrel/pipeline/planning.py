@@ -6,10 +6,12 @@ a hub id, looked for in this order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from whimbrel.config import load
 from whimbrel.engine.plan import Plan, plan
 from whimbrel.errors import UserError, nearest
 from whimbrel.model import checkpoint, fetch
@@ -18,6 +20,8 @@ from whimbrel.model.presets import PRESETS
 from whimbrel.ops import machine
 from whimbrel.pipeline import recipe as recipes
 from whimbrel.text.tokenizer import Tokenizer
+from whimbrel.train.plan import TrainingPlan, TrainingPlanSettings
+from whimbrel.train.plan import plan as plan_training
 from whimbrel.train.stages import PretrainSettings, model_config
 from whimbrel.units import parse_bandwidth, parse_bytes, parse_flops
 
@@ -36,7 +40,8 @@ def run(
     """The plan for a model in the user's words.
 
     `memory` and `reserve` are sizes such as 22GiB; `bandwidth` a rate such as 600GB/s, measured on this machine's GPU
-    or CPU if None; `peak` such as 150TFLOP/s. Raises UserError for what cannot be read and for an unknown model.
+    or CPU if None; `peak` such as 150TFLOP/s, measured on a GPU if None. Raises UserError for what cannot be read and
+    for an unknown model.
     """
     config = find(model)
     size = parse_bytes(memory, "memory")
@@ -50,7 +55,38 @@ def run(
         batch=batch,
         dtype=dtype,
         bandwidth=speed,
-        peak=None if peak is None else parse_flops(peak),
+        peak=_peak() if peak is None else parse_flops(peak),
+        reserve=0 if reserve is None else parse_bytes(reserve, "reserve"),
+        name=model,
+    )
+
+
+def train(
+    model: str,
+    memory: str,
+    context: int,
+    overrides: Sequence[str],
+    *,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    peak: str | None = None,
+    reserve: str | None = None,
+) -> TrainingPlan:
+    """The plan to train a model on rows of `context` tokens, `batch` of them a micro-batch; `overrides` are settings
+    of `train.plan.TrainingPlanSettings`. `peak` is measured here if None.
+    """
+    precision = dtype if dtype in ("float32", "bfloat16") else ""
+    if not precision:
+        raise UserError(f"dtype is {dtype}; set dtype to bfloat16 or float32 to train")
+    device = torch.device(_device())
+    return plan_training(
+        find(model),
+        load(TrainingPlanSettings, None, overrides),
+        length=context,
+        rows=batch,
+        memory=parse_bytes(memory, "memory"),
+        peak=machine.matmul_peak(device, getattr(torch, dtype)) if peak is None else parse_flops(peak),
+        precision=precision,
         reserve=0 if reserve is None else parse_bytes(reserve, "reserve"),
         name=model,
     )
@@ -58,6 +94,11 @@ def run(
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _peak() -> float | None:
+    """Measured where a GPU would serve; on a CPU a plan has no floor for prompts unless `peak` is given."""
+    return machine.matmul_peak("cuda") if torch.cuda.is_available() else None
 
 
 def find(model: str) -> ModelConfig:

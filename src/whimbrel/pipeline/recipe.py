@@ -7,6 +7,7 @@ stages:
   documents:                  # a name of your choice, and the folder it is written to
     stage: data               # one of the table in stages.py
     inputs: {pages: p.warc.gz}  # names of other stages, or files and folders
+    launch: {processes: 1}    # more than one: torchrun starts them here; their number follows from train.parallel
     config: {...}             # the settings of that stage
 """
 
@@ -27,8 +28,8 @@ from whimbrel.pipeline.stages import STAGES, Stage, locate
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TOP = ("name", "about", "seed", "claims", "stages")
-_NODE = ("stage", "inputs", "config")
-_TAKEN = ("stages", "logs", "old", "generations")
+_NODE = ("stage", "inputs", "launch", "config")
+_TAKEN = ("stages", "logs", "old", "generations", "run")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Node:
     kind: str
     settings: Any
     inputs: Mapping[str, str | Path]
+    processes: int = 1
+    """Processes that run it together."""
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -75,6 +78,7 @@ class Recipe:
             node.name: {
                 "stage": node.kind,
                 "inputs": {name: str(source) for name, source in node.inputs.items()},
+                **({"launch": {"processes": node.processes}} if node.processes > 1 else {}),
                 "config": node.resolved,
             }
             for node in self.nodes
@@ -171,7 +175,31 @@ def _node(name: str, value: Any, seed: int | None, names: tuple[str, ...], table
         kind=kind,
         settings=settings,
         inputs={key: _input(source, f"{where}.inputs.{key}", names) for key, source in inputs.items()},
+        processes=_processes(_mapping(given.get("launch"), f"{where}.launch", ("processes",)), settings, stage, where),
     )
+
+
+def _processes(launch: Mapping[str, Any], settings: Any, stage: Stage, where: str) -> int:
+    """How many processes run a stage: the product of `train.parallel`, which `launch` may repeat but not change."""
+    axes = getattr(getattr(settings, "train", None), "parallel", None)
+    wanted = axes.processes if axes is not None else 1
+    if wanted > 1 and not stage.spread:
+        raise UserError(
+            f"{where}.config.train.parallel makes {wanted} processes, but this stage runs in one; leave it out"
+        )
+    said = launch.get("processes", wanted)
+    if not isinstance(said, int) or isinstance(said, bool) or said < 1:
+        raise UserError(f"{where}.launch.processes is {said!r}; set it to {wanted}")
+    if said != wanted:
+        more = f", or config.train.parallel.data to {said}" if stage.spread and wanted == 1 else ""
+        product = (
+            " × ".join(f"{name} {size}" for name, size in vars(axes).items()) if axes is not None else "one process"
+        )
+        raise UserError(
+            f"{where}.launch.processes is {said}, but config.train.parallel makes {wanted} ({product}); "
+            f"set launch.processes to {wanted}{more}"
+        )
+    return wanted
 
 
 def flat_inputs(given: Mapping[str, Any], stage: Stage, where: str) -> dict[str, Any]:

@@ -33,6 +33,16 @@ ABOUT = {
     "compress": "a smaller model cut out",
     "distill": "it learns from its teacher",
     "evaluate": "problems answered and scored",
+    "tasks": "problems with solutions and a verifier",
+    "sft": "it learns to think and to answer",
+    "chat-tokens": "conversations to token shards",
+    "pairs": "answers drawn and ranked",
+    "reward": "a model that rates",
+    "dpo": "it prefers the better answer",
+    "grpo": "it is rewarded for right answers",
+    "merge": "the best point between two models",
+    "quantize": "few bits",
+    "speed": "tokens a second, beside a dense twin",
     "sample": "the model writes",
 }
 SHOWN = {
@@ -43,6 +53,14 @@ SHOWN = {
     "compress": ("parameters", "parent loss", "cut loss"),
     "distill": ("step", "tokens", "validation loss", "teacher loss"),
     "sample": ("samples", "tokens"),
+    "sft": ("step", "tokens", "loss", "validation loss"),
+    "dpo": ("pairs", "step", "preference", "accuracy"),
+    "reward": ("step", "error", "agreement correctness"),
+    "grpo": ("step", "reward", "drift"),
+    "merge": ("alpha", "mean"),
+    "quantize": ("bits per weight", "weights bytes"),
+    "evaluate": ("text loss", "sums curve half"),
+    "speed": ("twin parameters",),
 }
 """Figures of a stage's row; a stage that is not here shows all it has."""
 REASONS = {
@@ -92,6 +110,7 @@ def write(folder: Path, recipe: Recipe, made: Sequence[Manifest]) -> Path:
     shelf = Environment(loader=PackageLoader("whimbrel.pipeline"), autoescape=True, undefined=StrictUndefined)
     shelf.globals["exp"] = math.exp
     shelf.filters |= {"figure": figure, "bytes": format_bytes, "count": format_count, "duration": duration}
+    shelf.filters["points"] = lambda share: f"{100 * share:+.1f}".replace("-", "\u2212")
     html = shelf.get_template("report.html").render(page)
     with atomic_write(folder / "report.html") as file:
         file.write(html)
@@ -133,6 +152,13 @@ def headline(kinds: Mapping[str, Manifest], made: Sequence[Manifest]) -> list[di
         if "validation_loss" in seen:
             loss = seen["validation_loss"]
             add("held-out loss", f"{loss:.3f}", f"perplexity {math.exp(loss):,.1f}")
+    for task, asked in (
+        (task, asked) for one in made if one["stage"] == "evaluate" for task, asked in one["metrics"].items()
+    ):
+        if "accuracy" in asked.get("think", {}) and "accuracy" in asked.get("off", {}):
+            right, at_once = (100 * asked[mode]["accuracy"] for mode in ("think", "off"))
+            add(f"{task} after thinking", f"{right:.1f} %", f"answered at once: {at_once:.1f} %")
+            break
     add("time", duration(sum(manifest["wall_seconds"] for manifest in made)), f"{len(made)} stages")
     return found
 

@@ -22,6 +22,7 @@ class Stage:
     `optional` may be; those in `several` may be a group, `{one: STAGE, other: STAGE}`, which reaches `run` as
     `name.one` and `name.other`. `model` is where in the output a checkpoint lies, if there is one. `free` names
     settings (dotted) that say how the work is done and not what comes out: changing one leaves the key as it is.
+    `spread`: it can run in several processes, which `train.parallel` of its settings asks for.
     """
 
     settings: str
@@ -32,16 +33,12 @@ class Stage:
     several: tuple[str, ...] = ()
     model: str | None = None
     free: tuple[str, ...] = ()
+    spread: bool = False
 
 
 LOOP = (
-    "train.threads",
-    "train.recompute",
-    "train.validate_every",
-    "train.validate_batches",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.tensorboard",
+    *("train.threads", "train.recompute", "train.parallel", "train.validate_every", "train.validate_batches"),
+    *("train.checkpoint_every", "train.keep", "train.asynchronous", "train.tensorboard"),
 )
 """What is free wherever `train` is the loop's settings."""
 
@@ -82,6 +79,7 @@ STAGES: Mapping[str, Stage] = {
         several=("tokens",),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "compress": Stage(
         settings="whimbrel.compress.stages:CompressSettings",
@@ -100,6 +98,7 @@ STAGES: Mapping[str, Stage] = {
         several=("tokens",),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "quantize": Stage(
         settings="whimbrel.compress.stages:QuantizeSettings",
@@ -122,10 +121,16 @@ STAGES: Mapping[str, Stage] = {
         model="model",
         free=LOOP,
     ),
+    "chat-tokens": Stage(
+        settings="whimbrel.align.sft:ChatTokensSettings",
+        run="whimbrel.align.sft:run_chat_tokens",
+        version=1,
+        inputs=("tokenizer", "conversations"),
+    ),
     "pairs": Stage(
         settings="whimbrel.align.pairs:PairsSettings",
         run="whimbrel.align.pairs:run",
-        version=1,
+        version=2,
         inputs=("model", "prompts"),
         free=("threads",),
     ),
@@ -171,6 +176,13 @@ STAGES: Mapping[str, Stage] = {
         optional=("tasks", "text", "against"),
         several=("tasks",),
         free=("threads", "generations"),
+    ),
+    "speed": Stage(
+        settings="whimbrel.pipeline.speed:SpeedSettings",
+        run="whimbrel.pipeline.speed:run",
+        version=1,
+        inputs=("model",),
+        free=("threads",),
     ),
     "sample": Stage(
         settings="whimbrel.pipeline.sample:SampleSettings",

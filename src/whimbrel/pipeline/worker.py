@@ -24,6 +24,7 @@ from typing import Any
 
 from whimbrel import config
 from whimbrel.errors import UserError
+from whimbrel.events import silent
 from whimbrel.pipeline import manifest, probe
 from whimbrel.pipeline.stages import locate
 
@@ -92,41 +93,53 @@ def peak_memory() -> int:
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit)
 
 
-def work(job: Mapping[str, Any], wire: Wire) -> dict[str, Any]:
-    """Check the inputs, run the stage, probe the model it made; returns the last event."""
+def work(job: Mapping[str, Any], wire: Wire, first: bool = True) -> dict[str, Any]:
+    """Check the inputs, run the stage, probe the model it made; returns the last event. Of several processes the
+    first one checks and reports.
+    """
     inputs = {name: Path(path) for name, path in job["inputs"].items()}
-    for folder in inputs.values():
+    for folder in inputs.values() if first else ():
         made = manifest.read(folder) if folder.is_dir() else None
         if made and made.get("probe"):
             probe.check(folder / made["model"], made["probe"])
     settings = config.parse(locate(job["settings"]), job["config"], job["name"])
     out = Path(job["out"])
-    metrics = locate(job["run"])(settings, inputs, out, wire.report)
-    seen = probe.take(out / job["model"]) if job["model"] else None
+    metrics = locate(job["run"])(settings, inputs, out, wire.report if first else silent)
+    seen = probe.take(out / job["model"]) if job["model"] and first else None
     return {"event": "done", "metrics": metrics, "probe": seen, "peak_memory_bytes": peak_memory()}
 
 
 def main(path: str) -> int:
     """Run the job of a file; the exit status says how it ended, the last event why."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    wire = Wire(job["events"])
+    rank = int(os.environ["RANK"]) if isinstance(job["events"], str) else 0  # torchrun says it
+    wire = Wire(os.open(job["events"], os.O_WRONLY) if isinstance(job["events"], str) else job["events"])
     leave_with_parent()
     signal.signal(signal.SIGINT, wire.interrupt)
+    if isinstance(job["events"], str):
+        wire.send({"event": "process", "pid": os.getpid()})
     try:
-        wire.send(work(job, wire))
+        if isinstance(job["events"], str):
+            locate("whimbrel.parallel.mesh:join")()  # before anything is put on a device: it says which one
+        done = work(job, wire, rank == 0)
+        if rank == 0:
+            wire.send(done)
         return 0
     except KeyboardInterrupt as stop:
+        if rank:
+            return 0 if str(stop) else STOPPED  # stopped together at a safe point; the first process says so
         wire.send({"event": "stopped", "text": str(stop)})
         return STOPPED
     except UserError as error:
-        wire.send({"event": "error", "text": str(error), "user": True})
+        wire.send({"event": "error", "text": str(error), "user": True, "reason": "user"})
     except Exception as error:
         traceback.print_exc()
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         memory = (
             isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
         )
-        reason = "disk" if full else "memory" if memory else "error"
+        lost = "gloo/transport" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
+        reason = "disk" if full else "memory" if memory else "peer" if lost else "error"
         wire.send({"event": "error", "text": f"{type(error).__name__}: {error}", "user": False, "reason": reason})
     return FAILED
 

@@ -27,9 +27,16 @@ NANO2_CONFIG: dict[str, Any] = {
 """tokenizer_config.json of a vocabulary that we train: the reserved slots by name, and the Nano 2 chat format."""
 
 
+def place(source: str | Path) -> Path:
+    """Where a tokenizer's files lie: the folder of a stage that made a model stands for the `model` in it."""
+    path = Path(source)
+    inner = path / "model"
+    return inner if (inner / "tokenizer.json").exists() and not (path / "tokenizer.json").exists() else path
+
+
 def read_backend(source: str | Path) -> Backend:
     """The vocabulary in tokenizer.json, with any truncation or padding in it switched off."""
-    path = Path(source) / "tokenizer.json"
+    path = place(source) / "tokenizer.json"
     text = _read(path)
     try:
         backend = Backend.from_str(text)
@@ -44,8 +51,8 @@ def read_backend(source: str | Path) -> Backend:
 
 def read_config(source: str | Path) -> dict[str, Any]:
     """tokenizer_config.json, with the chat template wherever it lies (chat_template.jinja wins) as one text."""
-    config = _read_json(Path(source) / "tokenizer_config.json")
-    beside = Path(source) / "chat_template.jinja"
+    config = _read_json(place(source) / "tokenizer_config.json")
+    beside = place(source) / "chat_template.jinja"
     template = _read(beside) if beside.exists() else config.get("chat_template")
     if isinstance(template, list):  # older folders: several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -56,7 +63,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
 def read_eos_ids(source: str | Path) -> list[int]:
     """End tokens that the model's own files name: generation_config.json, or config.json where that says nothing."""
     for name in ("generation_config.json", "config.json"):
-        path = Path(source) / name
+        path = place(source) / name
         found = _read_json(path).get("eos_token_id") if path.exists() else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]

@@ -21,6 +21,8 @@ class TextStream:
         self._piece = piece
         self._context: list[int] = []  # the ids of the last text given out: some decoders strip a leading space
         self._held: list[int] = []
+        self._before = 0
+        """Characters of the context."""
 
     def push(self, token: int) -> str:
         """The text that this id completes, possibly none."""
@@ -28,18 +30,20 @@ class TextStream:
         if piece is None:
             return ""
         self._held.append(token)
-        if _BYTE_PIECE.fullmatch(piece) or self._decode(self._context + self._held).endswith("\ufffd"):
-            return ""
-        return self._release()
+        whole = (
+            "" if piece.startswith("<0x") and _BYTE_PIECE.fullmatch(piece) else self._decode(self._context + self._held)
+        )
+        return "" if not whole or whole.endswith("\ufffd") else self._release(whole)
 
     def finish(self) -> str:
         """What is still held, with U+FFFD for bytes that never became a character. The stream starts afresh."""
-        rest = self._release()
-        self._context, self._held = [], []
+        rest = self._release(self._decode(self._context + self._held))
+        self._context, self._held, self._before = [], [], 0
         return rest
 
-    def _release(self) -> str:
-        text = self._decode(self._context + self._held)[len(self._decode(self._context)) :]
+    def _release(self, whole: str) -> str:
+        text = whole[self._before :]
         if text:
             self._context, self._held = self._held, []
+            self._before = len(self._decode(self._context))
         return text

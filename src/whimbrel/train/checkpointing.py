@@ -17,7 +17,8 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from whimbrel.errors import UserError
 from whimbrel.events import Report
 from whimbrel.files import atomic_folder, atomic_write
+from whimbrel.parallel.mesh import ALONE, Share
+from whimbrel.parallel.pieces import Scattered, parts
+from whimbrel.parallel.tensor import cuts
 from whimbrel.train.measure import disk_errors
 
-SCHEMA = 1
+SCHEMA = 2
 STATE = "train_state.json"
 FILE_BYTES = 2**30
 """A file holds about this much: it passes through memory whole while it is written."""
@@ -61,9 +65,22 @@ class TrainState:
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of the training state by name, as views: loading into them restores model and optimizer.
 
-    AdamW makes its moments in the first step; here they are made before, as the zeros they start from.
+    A parameter that tensor parallel would cut into several segments is kept as those, NAME/SEGMENT, on any number of
+    ranks: so a run goes on with another number. AdamW makes its moments in the first step; here they are made before,
+    as the zeros they start from.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    share: Share = getattr(model, "share", None) or ALONE
+    config = getattr(model, "config", None)
+    table = cuts(config) if config is not None else {}
+    tensors: dict[str, Tensor] = {}
+
+    def note(kind: str, name: str, key: str, tensor: Tensor) -> None:
+        for part in parts(tensor, table.get(name), share):
+            label = f"{kind}.{name}" + f"/{part.segment}" * bool(part.segment) + key
+            tensors[label] = part.tensor if share.mesh is None else Scattered(part)
+
+    for name, tensor in model.state_dict().items():
+        note("model", name, "", tensor)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -72,7 +89,9 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+        tensors[f"optimizer.{name}.step"] = state["step"]
+        for key in ("exp_avg", "exp_avg_sq"):
+            note("optimizer", name, f".{key}", state[key])
     return tensors
 
 
@@ -88,22 +107,87 @@ def latest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`.
+    """Write a checkpoint, from all ranks that share the model, then remove all but the newest `keep`.
 
     A full disk raises `UserError` and leaves the older ones.
     """
+    share: Share = getattr(model, "share", None) or ALONE
+    return _write(folder, state, _everything(model, optimizer), keep, share, None)
+
+
+class Saver:
+    """Writes checkpoints: at once, or (`asynchronous`) from a copy, while the next steps are computed."""
+
+    def __init__(self, folder: Path, keep: int, share: Share, asynchronous: bool) -> None:
+        self.folder, self.keep, self.share = folder, keep, share
+        self.pool = ThreadPoolExecutor(1) if asynchronous else None
+        self.pending: Future[Path] | None = None
+        self.group = None
+        if asynchronous and share.mesh is not None:  # the thread's messages must not meet those of the steps
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def save(self, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+        """`save`; what went wrong with the one before is raised here at the latest."""
+        self.wait()
+        tensors = _everything(model, optimizer)
+        if self.pool is None:
+            return _write(self.folder, state, tensors, self.keep, self.share, None)
+        copies = {name: _copied(tensor) for name, tensor in tensors.items()}
+        self.pending = self.pool.submit(_write, self.folder, state, copies, self.keep, self.share, self.group)
+        return path_of(self.folder, state.step)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and let the thread go."""
+        if self.pool is not None:
+            try:
+                self.wait()
+            finally:
+                self.pool.shutdown()
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.copied() if isinstance(tensor, Scattered) else tensor.detach().to("cpu", copy=True)
+
+
+def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return training_tensors(model, optimizer) | {"rng.cpu": torch.get_rng_state()}
+
+
+def _write(folder: Path, state: TrainState, tensors: dict[str, Tensor], keep: int, share: Share, group: Any) -> Path:
     path = path_of(folder, state.step)
-    tensors = training_tensors(model, optimizer) | {"rng.cpu": torch.get_rng_state()}
-    with disk_errors(f"the checkpoint {path}"), atomic_folder(path) as beside:
+    with disk_errors(f"the checkpoint {path}"), _together(path, share, group) as beside:
         writer = dcp.HuggingFaceStorageWriter(str(beside), _split(tensors), save_distributed=True)
         with _plain_errors():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=not torch.distributed.is_initialized())
-        record = asdict(state) | {"files": {file.name: _digest(file) for file in sorted(beside.iterdir())}}
-        with atomic_write(beside / STATE) as file:
-            json.dump(record, file, indent=1)
-    for _, old in _listing(folder)[:-keep]:
-        shutil.rmtree(old)
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=share.mesh is None)
+        if share.first:
+            record = asdict(state) | {"files": {file.name: _digest(file) for file in sorted(beside.iterdir())}}
+            with atomic_write(beside / STATE) as file:
+                json.dump(record, file, indent=1)
+    if share.first:
+        for _, old in _listing(folder)[:-keep]:
+            shutil.rmtree(old)
     return path
+
+
+@contextmanager
+def _together(path: Path, share: Share, group: Any) -> Iterator[Path]:
+    """`atomic_folder`, made and named by the first rank, filled by all."""
+    if share.mesh is None:
+        with atomic_folder(path) as beside:
+            yield beside
+        return
+    box: list[Any] = [None]
+    with atomic_folder(path) if share.first else nullcontext() as beside:
+        box[0] = beside
+        torch.distributed.broadcast_object_list(box, src=0, group=group)
+        yield box[0]
+    torch.distributed.barrier(group=group)
 
 
 def newest(folder: Path, report: Report) -> tuple[Path, TrainState] | None:
@@ -135,12 +219,11 @@ def newest(folder: Path, report: Report) -> tuple[Path, TrainState] | None:
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's tensors into model, optimizer and torch's random state."""
-    rng = torch.get_rng_state()
-    tensors = training_tensors(model, optimizer) | {"rng.cpu": rng}
+    tensors = _everything(model, optimizer)
     reader = dcp.HuggingFaceStorageReader(str(path))
     with _plain_errors(), torch.no_grad():
         dcp.load(dict(tensors), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
-    torch.set_rng_state(rng)
+    torch.set_rng_state(tensors["rng.cpu"])
 
 
 def refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

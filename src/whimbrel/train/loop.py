@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,24 +18,29 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import distributed
 
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
 from whimbrel.model.language import LanguageModel
+from whimbrel.parallel import Axes, Share, applied
+from whimbrel.parallel.context import piece_of
+from whimbrel.parallel.mesh import ALONE
 from whimbrel.train import checkpointing, threads
-from whimbrel.train.checkpointing import TrainState
-from whimbrel.train.interrupt import Stopped, stop_politely
-from whimbrel.train.measure import Log, Meter
+from whimbrel.train.checkpointing import Saver, TrainState
+from whimbrel.train.interrupt import Stopped, Wish, stop_politely
+from whimbrel.train.measure import Log, Meter, NoLog
 from whimbrel.train.memory import check_memory, peak_memory, training_bytes
 from whimbrel.train.objective import Batch, CrossEntropy, Objective
 from whimbrel.train.optimizer import OptimizerSettings, adamw, set_learning_rate
-from whimbrel.train.recompute import recomputed
+from whimbrel.train.precision import Fp8, converted
 from whimbrel.train.schedule import ScheduleSettings
 from whimbrel.train.step import NotFinite, accumulate, train_step
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-FREE = ("threads", "recompute", "validate_every", "validate_batches", "checkpoint_every", "keep", "tensorboard")
+FREE = (
+    *("threads", "recompute", "parallel", "validate_every", "validate_batches"),
+    *("checkpoint_every", "keep", "asynchronous", "tensorboard"),
+)
 """Settings that may change in the middle of a run: they do not change what is learned."""
 
 
@@ -57,6 +63,8 @@ class TrainSettings:
     """Largest norm of the gradient; 0 does not clip."""
     precision: str = "auto"
     """`float32`, `bfloat16` (autocast over float32 weights; GPU only), or `auto`: the best that works."""
+    fp8: Fp8 = field(default_factory=Fp8)
+    """Linear layers whose products run in 8 bits (train/precision.py)."""
     recompute: bool = False
     """Activation checkpointing: less memory, about a third more time."""
     threads: int = 0
@@ -69,8 +77,12 @@ class TrainSettings:
     """Updates between two checkpoints; there is always one at the end."""
     keep: int = 2
     """Checkpoints kept."""
+    asynchronous: bool = False
+    """Write checkpoints while the next steps are computed, out of a copy of the state in the CPU's memory."""
     tensorboard: bool = True
     """Curves for TensorBoard too, if the package is installed."""
+    parallel: Axes = field(default_factory=Axes)
+    """Processes that share the work; micro-batches of a step are dealt to `data` × `fsdp` copies."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
 
@@ -84,6 +96,7 @@ class TrainSettings:
         if self.precision not in PRECISIONS:
             hint = nearest(self.precision, PRECISIONS)
             raise UserError(f"train.precision is {self.precision!r}; {hint}; set it to auto, float32 or bfloat16")
+        self.parallel.check_batches(self.accumulate)
         self.schedule.check(self.steps)
 
     def precision_on(self, device: torch.device) -> str:
@@ -123,47 +136,78 @@ def train(
     fit the checkpoint and for a full disk.
     """
     precision = settings.precision_on(model.device)
-    optimizer = adamw(model, settings.optimizer)
     checkpoints = folder / "checkpoints"
-    with stop_politely() as wish, recomputed(model, settings.recompute), ExitStack() as stack:
+    with ExitStack() as stack:
+        wish, share = _enter(stack, settings, model)
+        report = report if share.first else silent
+        optimizer = adamw(model, settings.optimizer)
         state = _begin(settings, precision, objective, source, model, checkpoints, report)
         stack.enter_context(threads.using(state.threads))
-        figures = state.figures
+        figures, held_out = state.figures, dict[str, float]()
         meter = Meter(model.config, model.device, precision, int(figures.get("tokens", 0)), figures.get("seconds", 0.0))
         if state.step:
             checkpointing.load(checkpointing.path_of(checkpoints, state.step), model, optimizer)
             model.touch()
-        log = stack.enter_context(closing(Log(folder, state.metrics_offset, state.step, settings.tensorboard, report)))
-        held_out: dict[str, float] = {}
+        log = stack.enter_context(closing(_book(folder, state, settings, share, report)))
+        saver = stack.enter_context(closing(Saver(checkpoints, settings.keep, share, settings.asynchronous)))
         session = time.perf_counter()
         for step in range(state.step, settings.steps + 1):
             if validation is not None and (step % settings.validate_every == 0 or step == settings.steps):
-                held = [validation.batch(index) for index in range(settings.validate_batches)]
-                held_out = {"validation_loss": accumulate(model, judge or objective, held, precision, learn=False)[0]}
+                held_out = _look(settings, judge or objective, validation, model, precision, share)
                 log.write({"step": step} | held_out)
             if step == settings.steps:
                 break
-            start = time.perf_counter()
-            batches = [source.batch(step * settings.accumulate + i) for i in range(settings.accumulate)]
+            start, first = time.perf_counter(), step * settings.accumulate
+            batches = [source.batch(first + i) for i in share.mine(settings.accumulate)]
             rate = settings.optimizer.learning_rate * settings.schedule.share(step, settings.steps)
             set_learning_rate(optimizer, rate)
-            try:
+            with _explained(step, settings, checkpoints):
                 seen = train_step(model, objective, batches, optimizer, clip=settings.clip, precision=precision)
-            except NotFinite as error:
-                raise NotFinite(_way_out(str(error), step, settings, checkpoints)) from error
             figures = {"step": step + 1} | seen.terms | {"loss": seen.loss, "grad_norm": seen.grad_norm}
-            figures |= {"learning_rate": rate} | meter.lap(batches, time.perf_counter() - start)
+            figures |= {"learning_rate": rate} | meter.lap(batches, time.perf_counter() - start, share)
             log.write(figures)
             pace = (time.perf_counter() - session) / (step + 1 - state.step)
             report(_progress(figures, settings.steps, pace))
-            stop = wish.signal  # read once: a signal may come at any moment
+            signal = wish.signal  # read once: it may come at any moment
+            stop = share.any(signal is not None)
             if stop or (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                data, offset = _digest(batches[-1]), log.sync()
-                here = replace(state, step=step + 1, metrics_offset=offset, data=data, figures=figures)
-                path = checkpointing.save(checkpoints, here, model, optimizer, settings.keep)
+                data = _digest(source.batch(first + settings.accumulate - 1))
+                here = replace(state, step=step + 1, metrics_offset=log.sync(), data=data, figures=figures)
+                path = saver.save(here, model, optimizer)
                 if stop:
-                    raise Stopped(f"{stop}: stopped after step {step + 1}, saved {path}; the same command goes on")
+                    raise _stopped(saver, signal, step + 1, path)
     return figures | held_out | {"threads": state.threads, "peak_memory_bytes": peak_memory(model.device)}
+
+
+def _enter(stack: ExitStack, settings: TrainSettings, model: LanguageModel) -> tuple[Wish, Share]:
+    """What holds while a run lasts: signals are wishes, linear maps compute in FP8, the model lies on its processes."""
+    wish = stack.enter_context(stop_politely())
+    stack.enter_context(converted(model, settings.fp8))
+    return wish, stack.enter_context(applied(model, settings.parallel, recompute=settings.recompute))
+
+
+def _book(folder: Path, state: TrainState, settings: TrainSettings, share: Share, report: Report) -> Log | NoLog:
+    return Log(folder, state.metrics_offset, state.step, settings.tensorboard, report) if share.first else NoLog()
+
+
+def _stopped(saver: Saver, signal: str | None, step: int, path: Path) -> Stopped:
+    saver.wait()
+    return Stopped(f"{signal or 'a signal'}: stopped after step {step}, saved {path}; the same command goes on")
+
+
+def _look(
+    settings: TrainSettings,
+    judge: Objective,
+    validation: Source,
+    model: LanguageModel,
+    precision: str,
+    share: Share,
+) -> dict[str, float]:
+    """The loss on held-out batches, dealt to the copies; one that gets none helps the others with the first batch."""
+    mine = share.mine(settings.validate_batches)
+    idle = -(-settings.validate_batches // share.axes.copies) - len(mine)
+    held = [validation.batch(index) for index in [*mine, *[0] * idle]]
+    return {"validation_loss": accumulate(model, judge, held, precision, learn=False, idle=idle)[0]}
 
 
 def _begin(
@@ -176,10 +220,9 @@ def _begin(
     report: Report,
 ) -> TrainState:
     """Where to start: the newest whole checkpoint if it fits, else step 0, with memory and threads looked at first."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise UserError(f"{distributed.get_world_size()} processes were started; train runs in one, launch 1")
+    share: Share = model.share or ALONE
     said = identity(settings, precision, objective, model)
-    found = checkpointing.newest(checkpoints, report)
+    found = share.once(lambda: checkpointing.newest(checkpoints, report))
     if found is not None:
         path, state = found
         checkpointing.refuse_changes(path, state.identity, said)
@@ -190,7 +233,8 @@ def _begin(
             )
         report({"event": "log", "text": f"going on from {path}"})
     first = source.batch(0)
-    check_memory(training_bytes(model, first.lengths, precision, settings.recompute), model.device, report)
+    lengths = piece_of(first, share).lengths if settings.parallel.context > 1 else first.lengths
+    check_memory(training_bytes(model, lengths, precision, settings.recompute), model.device, report)
 
     def trial() -> None:
         accumulate(model, objective, [first], precision, learn=True)
@@ -198,7 +242,7 @@ def _begin(
 
     recorded = found[1].threads if found is not None else None
     used = (
-        threads.choose(settings.threads, recorded, trial, report)
+        threads.choose(settings.threads, recorded, trial, report, share)
         if model.device.type == "cpu"
         else torch.get_num_threads()
     )
@@ -224,6 +268,15 @@ def _digest(batch: Any) -> str:
         value = getattr(batch, part.name)
         digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _explained(step: int, settings: TrainSettings, checkpoints: Path) -> Iterator[None]:
+    """Add to a number that is not finite what to do about it."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(_way_out(str(error), step, settings, checkpoints)) from error
 
 
 def _way_out(what: str, step: int, settings: TrainSettings, checkpoints: Path) -> str:

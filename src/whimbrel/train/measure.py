@@ -18,6 +18,7 @@ from whimbrel.events import Report
 from whimbrel.model import count
 from whimbrel.model.config import ModelConfig
 from whimbrel.ops import machine
+from whimbrel.parallel.mesh import ALONE, COPIES, Share
 
 
 @contextmanager
@@ -44,17 +45,18 @@ class Meter:
         self.tokens, self.seconds = tokens, seconds
         """Of the whole run, over all its sessions; time in steps only, not in validation or checkpoints."""
 
-    def lap(self, batches: Sequence[Any], seconds: float) -> dict[str, float]:
-        """Count a step over these batches that took so long; returns its figures."""
+    def lap(self, batches: Sequence[Any], seconds: float, share: Share = ALONE) -> dict[str, float]:
+        """Count a step over these batches (and those of the other copies) that took so long; returns its figures."""
         lengths = [length for batch in batches for length in batch.lengths]
         tokens = sum(lengths)
-        self.tokens += tokens
-        self.seconds += seconds
         flops = tokens * count.flops_per_token(self.config, count.mean_context(lengths), training=True)
+        whole = share.total({"tokens": tokens, "flops": flops}, COPIES)
+        self.tokens += int(whole["tokens"])
+        self.seconds += seconds
         return {
             "tokens": self.tokens,
-            "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / self.peak,
+            "tokens_per_second": whole["tokens"] / seconds,
+            "mfu": whole["flops"] / seconds / self.peak / share.axes.processes,
             "seconds": self.seconds,
         }
 
@@ -109,6 +111,20 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         self.writer.close()
+
+
+class NoLog:
+    """The log of a rank that does not keep one."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> int:
+        """Nothing was written."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class Log:

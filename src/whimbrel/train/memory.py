@@ -17,18 +17,21 @@ from whimbrel.events import Report
 from whimbrel.model.config import ATTENTION, ModelConfig
 from whimbrel.model.language import LanguageModel, Layer
 from whimbrel.model.layout import Layout
+from whimbrel.parallel import local
+from whimbrel.parallel.tensor import local_config
 from whimbrel.units import format_bytes
 
 
 def training_bytes(model: LanguageModel, lengths: Sequence[int], precision: str, recompute: bool) -> dict[str, int]:
     """Bytes of weights, gradients, AdamW's two moments, and activations of a micro-batch cut into these lengths.
 
-    The first three are exact. Activations are what autograd keeps between forward and backward; what a single operation
-    needs for itself while it runs, and the head's chunk of logits, come on top.
+    On this rank. The first three are exact. Activations are what autograd keeps between forward and backward; what a
+    single operation needs for itself while it runs, and the head's chunk of logits, come on top.
     """
-    weights = sum(p.nbytes for p in model.parameters())
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    activations = activation_bytes(model.config, lengths, getattr(torch, precision), recompute)
+    weights = sum(local(p).nbytes for p in model.parameters())
+    trained = sum(local(p).nbytes for p in model.parameters() if p.requires_grad)
+    config = model.config if model.share is None else local_config(model.config, model.share.axes.tensor)
+    activations = activation_bytes(config, lengths, getattr(torch, precision), recompute)
     return {"weights": weights, "gradients": trained, "moments": 2 * trained, "activations": activations}
 
 

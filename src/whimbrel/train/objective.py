@@ -19,6 +19,7 @@ from whimbrel import ops
 from whimbrel.errors import UserError
 from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
+from whimbrel.parallel.context import Piece
 
 IGNORE = -100
 """A target that is no target."""
@@ -64,6 +65,13 @@ class Objective(Protocol):
         """The terms, with the same counts."""
 
 
+def layout_of(batch: Batch, device: torch.device, rows: Tensor | None = None) -> Layout:
+    """How a batch is cut; a piece of one knows how to reach the rest."""
+    if isinstance(batch, Piece):
+        return batch.layout(device, rows)
+    return Layout.of(batch.lengths, rows=rows, device=device)
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     """Next-token prediction. Logits exist for `chunk` tokens at a time and are never held whole."""
@@ -84,6 +92,6 @@ class CrossEntropy:
             )
         tokens_T = torch.from_numpy(batch.tokens_T).to(device)
         targets_T = torch.from_numpy(batch.targets_T).to(device)
-        hidden_TD = model(tokens_T, Layout.of(batch.lengths, device=device))
+        hidden_TD = model(tokens_T, layout_of(batch, device))
         loss_T = model.head(hidden_TD, lambda hidden, weight: ops.cross_entropy(hidden, weight, targets_T, self.chunk))
         return {"loss": Term(loss_T.sum(), self.counts(batch)["loss"])}

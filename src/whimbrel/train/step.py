@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from whimbrel.errors import UserError
 from whimbrel.model.language import LanguageModel
+from whimbrel.parallel import gradients
+from whimbrel.parallel.context import piece_of
+from whimbrel.parallel.mesh import ALONE, Share
 from whimbrel.train.objective import Objective, Term
 
 
@@ -33,22 +36,13 @@ class Step:
     """Euclidean norm of the gradient before clipping."""
 
 
-def sum_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Add named numbers (the same names on all ranks) over the ranks, in float64; give them back if there is one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return dict(values)
-    names = sorted(values)
-    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
-    distributed.all_reduce(total)
-    return dict(zip(names, total.tolist(), strict=True))
-
-
-def total_counts(objective: Objective, batches: Sequence[Any], device: torch.device) -> dict[str, float]:
-    """Counts of every term over all micro-batches and ranks, before anything is computed."""
+def total_counts(objective: Objective, batches: Sequence[Any], share: Share = ALONE, idle: int = 0) -> dict[str, float]:
+    """Counts of every term over all micro-batches (but the last `idle`) and ranks, before anything is computed."""
     counts: Counter[str] = Counter()
-    for batch in batches:
-        counts.update(objective.counts(batch))
-    return sum_over_ranks(counts, device)
+    for number, batch in enumerate(batches):
+        real = number < len(batches) - idle
+        counts.update({name: count * real for name, count in objective.counts(batch).items()})
+    return share.total(counts)
 
 
 def weighted(terms: Mapping[str, Term], counts: Mapping[str, float]) -> Tensor:
@@ -63,27 +57,37 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def accumulate(
-    model: LanguageModel, objective: Objective, batches: Sequence[Any], precision: str = "float32", *, learn: bool
+    model: LanguageModel,
+    objective: Objective,
+    batches: Sequence[Any],
+    precision: str = "float32",
+    *,
+    learn: bool,
+    idle: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """Loss and mean of each term over all micro-batches and ranks; with `learn`, its gradient is added to `.grad`.
 
-    Without `learn` no graph is kept: this is also how held-out batches are scored.
+    Without `learn` no graph is kept: this is also how held-out batches are scored. `batches` are those of this rank;
+    the last `idle` of them are computed, because other ranks need this one's help, and not counted.
     """
-    device = next(model.parameters()).device
-    counts = total_counts(objective, batches, device)
+    share: Share = model.share or ALONE
+    if share.axes.context > 1:
+        batches = [piece_of(batch, share) for batch in batches]
+    counts = total_counts(objective, batches, share, idle)
     sums: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
-    for batch in batches:
-        with torch.set_grad_enabled(learn), autocast(device, precision):
+    for number, batch in enumerate(batches):
+        with torch.set_grad_enabled(learn), autocast(model.device, precision):
             terms = objective(model, batch)
         promised = objective.counts(batch)
         assert {name: term.count for name, term in terms.items()} == promised, "counts changed between promise and loss"
         if learn:
             weighted(terms, counts).backward()
         for name, term in terms.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + term.sum.detach()
+            seen = term.sum.detach() * (number < len(batches) - idle)
+            sums[name] = sums.get(name, torch.zeros((), device=model.device)) + seen
             weights[name] = term.weight
-    totals = sum_over_ranks({name: total.item() for name, total in sums.items()}, device)
+    totals = share.total({name: total.item() for name, total in sums.items()})
     means = {name: total / max(counts[name], 1) for name, total in totals.items()}
     return sum(weights[name] * mean for name, mean in means.items()), means
 
@@ -104,27 +108,36 @@ def train_step(
     `clip` is the largest gradient norm let through; 0 lets everything through.
     """
     loss, terms = accumulate(model, objective, batches, precision, learn=True)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    share: Share = model.share or ALONE
+    if share.axes.processes > 1:
+        gradients.finish(model, share)
+        norm = gradients.norm(model, share)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     grad_norm = float(norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        culprit = _culprit(model, terms)
+        found = share.collect(_culprit(model, terms))
+        culprit = next((name for name in found if name), UNKNOWN)
         optimizer.zero_grad(set_to_none=True)
         raise NotFinite(culprit)
     if clip:
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        scale = torch.clamp(clip / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_([gradient for _, gradient in gradients.present(model)], scale)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.touch()
     return Step(loss, terms, grad_norm)
 
 
-def _culprit(model: nn.Module, terms: Mapping[str, float]) -> str:
-    """Name the first number that is not finite: a term of the loss, else the gradient of a parameter."""
+UNKNOWN = "the norm of the gradient is too large for float32, although every part of it is finite"
+
+
+def _culprit(model: LanguageModel, terms: Mapping[str, float]) -> str:
+    """Name the first number here that is not finite: a term of the loss, else the gradient of a parameter."""
     for name, mean in terms.items():
         if not math.isfinite(mean):
             return f"the term {name!r} of the loss is {mean}"
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+    for name, gradient in gradients.present(model):
+        if not torch.isfinite(gradient).all():
             return f"the loss is finite, but the gradient of {name} is not"
-    return "the norm of the gradient is too large for float32, although every part of it is finite"
+    return ""

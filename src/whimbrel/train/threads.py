@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from whimbrel.events import Report
+from whimbrel.parallel.mesh import ALONE, Share
 
 TRIALS = 3
 
@@ -50,10 +51,11 @@ def fastest(
     return seconds
 
 
-def choose(asked: int, recorded: int | None, trial: Callable[[], object], report: Report) -> int:
+def choose(asked: int, recorded: int | None, trial: Callable[[], object], report: Report, share: Share = ALONE) -> int:
     """The number of threads of a run: as asked; else as recorded in the checkpoint it continues; else the fastest.
 
-    `trial` must have no side effects. Threads beyond torch's present setting (OMP_NUM_THREADS) are not tried.
+    `trial` must have no side effects. Threads beyond torch's present setting (OMP_NUM_THREADS) are not tried. Several
+    ranks try together, and take the number that is fastest for all of them.
     """
     if asked:
         if recorded not in (None, asked):
@@ -69,7 +71,8 @@ def choose(asked: int, recorded: int | None, trial: Callable[[], object], report
     choices = candidates(torch.get_num_threads())
     if len(choices) == 1:
         return choices[0]
-    seconds = fastest(trial, choices)
+    told = share.total({str(n): seconds for n, seconds in fastest(trial, choices).items()}, tuple(share.place))
+    seconds = {int(n): total / share.axes.processes for n, total in told.items()}
     best = min(seconds, key=lambda threads: seconds[threads])
     figures = ", ".join(f"{threads}: {1000 * s:.0f} ms" for threads, s in seconds.items())
     report({"event": "log", "text": f"a step by number of threads: {figures}; using {best}"})

@@ -14,6 +14,8 @@ from fractions import Fraction
 from whimbrel.verify.final import boxed, plain, said
 from whimbrel.verify.verdict import Verdict
 
+ASK = "\n\nThink step by step, and write the final answer as \\boxed{}."
+"""What follows a problem, so that its answer has a form read here; the box is empty: repeating it answers nothing."""
 _LONGEST = 60  # digits; nobody expects a longer number, and reading it would take time
 _DECIMAL = r"(?:(?:\d{1,3}(?:[, \u00a0\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 _NUMBER = re.compile(

@@ -1,0 +1,91 @@
+"""FP8 on the device: noise of a layer in each recipe, whether our assertions agree with what it refuses, losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from whimbrel.train import precision
+from whimbrel.train.precision import E4M3, E5M2, Scaled, check_layout, quantise
+
+RECIPES = ("tensorwise", "rowwise", "blockwise")
+KINDS = (
+    ("tensor", "tensor", E4M3),
+    ("tensor", "tensor", E5M2),
+    ("row", "row", E4M3),
+    ("block", "square", E4M3),
+    ("block", "block", E4M3),
+)
+
+
+def noise(place: Any) -> Iterator[dict[str, Any]]:
+    """Signal over noise of output and gradients against float64 (thresholds: 18 and 17 dB; blockwise output 25)."""
+    tokens, into, out = (32, 128, 144) if place.dry else (4096, 4480, 15680)
+    for recipe in RECIPES:
+        leaves = [torch.randn(n, into, device=place.device, dtype=place.dtype).requires_grad_() for n in (tokens, out)]
+        y = precision.linear(leaves[0], leaves[1], None, recipe)
+        up = torch.randn_like(y)
+        found = [y, *torch.autograd.grad(y, leaves, up)]
+        x, w, u = (v.detach().double() for v in (*leaves, up))
+        true = [x @ w.t(), u @ w, u.t() @ x]
+        gains = [20 * torch.log10(t.norm() / (f.double() - t).norm()).item() for f, t in zip(found, true, strict=True)]
+        good = gains[0] > (25 if recipe == "blockwise" else 18) and min(gains[1:]) > 17
+        yield {"what": "noise", "recipe": recipe, "output_db": gains[0], "gradient_db": gains[1:], "ok": good}
+
+
+def layouts(place: Any) -> Iterator[dict[str, Any]]:
+    """Which products are native; and operands that break one rule each: each should be refused by both."""
+    for kind_a, kind_b, dtype in KINDS:
+        said = precision.native(place.device, kind_a, kind_b, dtype, E4M3)
+        yield {
+            "what": "native",
+            "kinds": f"{kind_a} x {kind_b}",
+            "dtype": str(dtype),
+            "native": not said,
+            "said": said[:200],
+        }
+    a, b = (quantise(torch.randn(n, 256, device=place.device), "tensor") for n in (64, 48))
+    broken: dict[str, tuple[Scaled, Scaled]] = {
+        "columns not a multiple of 16": (a, quantise(torch.randn(40, 256, device=place.device), "tensor")),
+        "sum not a multiple of 16": tuple(  # type: ignore[dict-item]
+            quantise(torch.randn(n, 264, device=place.device), "tensor") for n in (64, 48)
+        ),
+        "both E5M2": tuple(  # type: ignore[dict-item]
+            quantise(torch.randn(n, 256, device=place.device), "tensor", E5M2) for n in (64, 48)
+        ),
+        "nothing": (a, b),
+    }
+    for rule, pair in broken.items():
+        refusals: list[bool] = []
+        for attempt in (lambda p=pair: check_layout(*p), lambda p=pair: precision._scaled_mm(*p, torch.bfloat16)):
+            try:
+                attempt()
+                refusals.append(False)
+            except (AssertionError, RuntimeError, ValueError):
+                refusals.append(True)
+        # The device may take more than we allow, never less.
+        yield {"what": "layout", "broken": rule, "we_refuse": refusals[0], "device_refuses": refusals[1],
+               "ok": refusals[0] or not refusals[1]}  # fmt: skip
+
+
+def curves(place: Any, trainer: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Losses of a small hybrid on one repeated batch in each recipe beside bfloat16, from the same weights."""
+    from dataclasses import replace
+
+    from whimbrel.model.presets import preset
+    from whimbrel.train.objective import CrossEntropy
+    from whimbrel.train.step import accumulate
+
+    config = replace(preset("hybrid-290m"), vocab_size=4096)
+    config = replace(place.shape(config), hidden_size=128, intermediate_size=128) if place.dry else config
+    ends: dict[str, float] = {}
+    for recipe in ("none", *RECIPES):
+        tokens = 32 if place.dry else 4096
+        step, model, row = trainer(place, config, tokens, 2, False, recipe, 1)
+        for _ in range(2 if place.dry else 200):
+            step()
+        with torch.no_grad():
+            ends[recipe] = accumulate(model, CrossEntropy(), [row], learn=False)[0]
+        yield {"what": "curve", "recipe": recipe, "loss": ends[recipe], "over_bfloat16": ends[recipe] - ends["none"]}

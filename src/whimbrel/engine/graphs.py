@@ -1,0 +1,124 @@
+"""Decoding steps on a GPU as recorded graphs: the host sends three short rows and starts one graph a token.
+
+A step of 56 layers is hundreds of launches, and each costs the host microseconds. A graph is recorded once for each
+bucket of sequences and of context (powers of two) and reads everything that changes from tensors of its own: ids,
+slots, lengths and block tables. Rows that fill up a bucket write to a slot and a block that belong to nobody. On a CPU
+the same step runs unrecorded, which is how it is tested. S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whimbrel.engine.pool import Pool
+from whimbrel.engine.sequence import Sequence
+from whimbrel.model.language import LanguageModel
+from whimbrel.model.layout import Layout
+from whimbrel.ops import Segments
+
+LEAST_BLOCKS = 64
+"""Blocks of the smallest bucket of contexts: 1,024 tokens."""
+
+
+def bucket(number: int, least: int, most: int) -> int:
+    """The next power of two from `least` on, at most `most`."""
+    return min(most, max(least, 1 << max(0, number - 1).bit_length()))
+
+
+class _Step:
+    """One bucket: its tensors, and on a GPU the graph that reads them."""
+
+    def __init__(self, model: LanguageModel, pool: Pool, batch: int, width: int, memory: Any) -> None:
+        self.model, self.pool, device = model, pool, pool.table.device
+        self.sent = torch.zeros(3, batch, dtype=torch.int64, pin_memory=device.type == "cuda")
+        """Ids, slots and lengths so far, on the host."""
+        self.sent[1], self.sent[2] = pool.slots, 0
+        self.here = self.sent.to(device)
+        self.table = torch.full((batch, width), pool.blocks, dtype=torch.int64, device=device)
+        self.layout = Layout(
+            Segments.of([1] * batch, device), (1,) * batch, self.here[2], batch, self.here[1], self.table
+        )
+        self.graph: Any = None
+        if device.type == "cuda":
+            self.copied = torch.cuda.Event()
+            self._record(memory)
+
+    def _record(self, memory: Any) -> None:
+        """Run twice (kernels are compiled, constants made), then record. Only rows of nobody are written."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._compute()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=memory):
+            self.logits_SV, self.best_S = self._compute()
+
+    def _compute(self) -> tuple[Tensor, Tensor]:
+        self.layout._derived.clear()  # what is derived from lengths and tables belongs to the graph
+        torch.index_select(self.pool.table, 0, self.here[1], out=self._rows())
+        self.table.copy_(self._all[:, : self.table.shape[1]])
+        logits_SV = self.model.head(self.model(self.here[0], self.layout, self.pool.state))
+        return logits_SV, logits_SV.argmax(-1)
+
+    def _rows(self) -> Tensor:
+        if not hasattr(self, "_all"):
+            self._all = self.table.new_empty(len(self.table), self.pool.table.shape[1])
+        return self._all
+
+    def run(self, tokens: Rows[int], slots: Rows[int], past: Rows[int]) -> tuple[Tensor, Tensor]:
+        """Logits [S, V] and the likeliest ids [S] of these sequences, valid until the next step."""
+        count = len(tokens)
+        if self.graph is not None:
+            self.copied.synchronize()  # of the step before: long over, unless nobody waited for its ids
+        self.sent[1], self.sent[2] = self.pool.slots, 0
+        self.sent[:, :count] = torch.tensor([list(tokens), list(slots), list(past)])
+        self.here.copy_(self.sent, non_blocking=True)
+        if self.graph is None:
+            self.layout = replace(self.layout, past=tuple(self.sent[2].tolist()), _derived={})
+            logits_SV, best_S = self._compute()
+        else:
+            self.copied.record()
+            self.graph.replay()
+            logits_SV, best_S = self.logits_SV, self.best_S
+        return logits_SV[:count], best_S[:count]
+
+
+class DecodeGraphs:
+    """All buckets of an engine's pool (which must have `spare`)."""
+
+    def __init__(self, model: LanguageModel, pool: Pool) -> None:
+        self.model, self.pool = model, pool
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._memory = torch.cuda.graph_pool_handle() if pool.table.device.type == "cuda" else None
+        self._addresses: tuple[int, list[int]] = (-1, [])
+
+    def step(self, sequences: Rows[Sequence]) -> tuple[Tensor, Tensor]:
+        """Logits [S, V] and likeliest ids [S] after the next token of each sequence that the pool does not have yet."""
+        self._forget_if_moved()
+        blocks = max((len(sequence.blocks) for sequence in sequences), default=0)
+        key = (
+            bucket(len(sequences), 1, self.pool.slots),
+            bucket(blocks, LEAST_BLOCKS, self.pool.table.shape[1]),
+        )
+        if key not in self._steps:
+            self._steps[key] = _Step(self.model, self.pool, *key, self._memory)
+        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
+        last, past = [s.tokens[s.cached] for s in sequences], [s.cached for s in sequences]
+        return self._steps[key].run(last, slots, past)
+
+    def _forget_if_moved(self) -> None:
+        """Graphs hold the addresses of weights: where weights lie elsewhere now, they are recorded anew."""
+        version, addresses = self._addresses
+        if version == self.model.weights_version:
+            return
+        now = [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        if now != addresses:
+            self._steps.clear()
+        self._addresses = (self.model.weights_version, now)

@@ -1,0 +1,10 @@
+"""One model over several processes, applied from outside: copies, shards, pieces of a row, parts of every matrix.
+
+docs/parallel.md is the room's page.
+"""
+
+from whimbrel.parallel.apply import applied
+from whimbrel.parallel.mesh import Axes, Share
+from whimbrel.parallel.pieces import local
+
+__all__ = ["Axes", "Share", "applied", "local"]

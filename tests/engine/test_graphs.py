@@ -1,0 +1,94 @@
+"""Decoding through the buckets of graphs: on a CPU the same step unrecorded, on a GPU recorded."""
+
+import pytest
+import torch
+
+from whimbrel import ops
+from whimbrel.engine import Engine, Sampling
+from whimbrel.engine.graphs import DecodeGraphs, bucket
+
+CUDA = torch.cuda.is_available()
+
+
+def test_buckets_are_powers_of_two_up_to_the_most():
+    assert [bucket(n, 1, 12) for n in (1, 2, 3, 5, 8, 9, 12)] == [1, 2, 4, 8, 8, 12, 12]
+    assert bucket(0, 64, 100) == 64 and bucket(65, 64, 100) == 100 and bucket(1, 64, 3) == 3
+
+
+def graphed(model, tokenizer, **settings):
+    """An engine that decodes in buckets, on any device."""
+    engine = Engine(model, tokenizer, **settings)
+    pool = engine.start()._running().pool
+    if engine._graphs is None:
+        from whimbrel.engine.pool import Pool
+
+        spare = Pool(
+            model.config,
+            slots=pool.slots,
+            kv_tokens=pool.blocks * pool.block_size,
+            block_size=pool.block_size,
+            dtype=engine.dtype,
+            device=engine.device,
+            spare=True,
+        )
+        engine._scheduler.pool = spare
+        engine._graphs = DecodeGraphs(model, spare)
+    return engine
+
+
+@pytest.mark.parametrize("form", ["native", "torch"])
+def test_answers_are_those_of_the_plain_path(model, tokenizer, form):
+    """Five sequences of unlike lengths in buckets, some ending before others, blocks running out in between."""
+    prompts = [[70 + i] * n for i, n in enumerate((1, 30, 7, 90, 2))]
+    settings = [Sampling(max_tokens=n, ignore_eos=True) for n in (40, 3, 25, 12, 40)]
+
+    def run(engine):
+        queued = [engine.add(p, s, i)[0] for i, (p, s) in enumerate(zip(prompts, settings, strict=True))]
+        while any(sequence.finish is None for sequence in queued):
+            engine.step()
+        return [sequence.answer().ids for sequence in queued]
+
+    with ops.using("torch" if form == "torch" else "cpu"):
+        plain = run(Engine(model, tokenizer, max_sequences=5, kv_tokens=192))
+        engine = graphed(model, tokenizer, max_sequences=5, kv_tokens=192)
+        mine = run(engine)
+    assert mine == plain
+    assert engine._graphs._steps, "nothing went through a bucket"
+
+
+def test_what_nobody_owns_is_all_that_padding_writes(hybrid, tokenizer):
+    engine = graphed(hybrid, tokenizer, max_sequences=4, kv_tokens=64)
+    state = engine._running().pool.state
+    for side in (state.conv, state.ssm, state.k, state.v):
+        for tensor in side.values():
+            tensor.fill_(7.0)
+    sequence = engine.add([70, 71], Sampling(max_tokens=3, ignore_eos=True))[0]
+    others = [s for s in range(4) if s != 0]
+    while sequence.finish is None:
+        engine.step()
+    assert all((side[layer][others] == 7).all() for side in (state.conv, state.ssm) for layer in side)
+    mine = {0}  # the first block of the first slot holds two tokens and three more
+    free = [b for b in range(state.k[next(iter(state.k))].shape[0] - 1) if b not in mine]
+    assert all((side[layer][free] == 7).all() for side in (state.k, state.v) for layer in side)
+
+
+def test_draws_do_not_depend_on_the_bucket(hybrid, tokenizer):
+    sampling = Sampling(max_tokens=12, temperature=0.8, top_p=0.9, seed=3, ignore_eos=True, logprobs=1)
+    plain = next(Engine(hybrid, tokenizer, max_sequences=3, kv_tokens=128).generate([[70, 80]], sampling))
+    mine = next(graphed(hybrid, tokenizer, max_sequences=3, kv_tokens=128).generate([[70, 80]], sampling))
+    assert mine.ids == plain.ids
+    assert mine.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
+
+
+def test_weights_that_moved_are_recorded_anew(make_model, hybrid, tokenizer):
+    model = make_model(hybrid.config, 5)
+    engine = graphed(model, tokenizer, max_sequences=2, kv_tokens=64)
+    next(engine.generate([[70]], Sampling(max_tokens=3)))
+    before = dict(engine._graphs._steps)
+    model.touch()
+    next(engine.generate([[70]], Sampling(max_tokens=3)))
+    assert engine._graphs._steps == before, "weights changed in place are read where they were"
+    model.norm_f.weight = torch.nn.Parameter(model.norm_f.weight.clone())
+    model.touch()
+    next(engine.generate([[70]], Sampling(max_tokens=3)))
+    assert all(engine._graphs._steps[key] is not step for key, step in before.items())
