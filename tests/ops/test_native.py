@@ -200,6 +200,11 @@ def test_a_long_sequence_keeps_the_gradient_of_its_steps():
     )
 
 
+def test_states_between_pieces_are_kept_beside_empty_sequences():
+    row, segments = scan_of_slices(tokens=300), Segments.of([0, 300, 0, 0])  # three pieces, fewer than sequences
+    compare(lambda *v: cpu.ssd(*v, segments)[:1], lambda *v: vectorised.ssd(*v, segments)[:1], row)
+
+
 def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
     row, segments = scan_of_slices(), Segments.of([200])
     double = [v.double() for v in row]

@@ -64,7 +64,8 @@ class _Native(torch.autograd.Function):
         initial = None if initial is None else initial.contiguous()
         pieces = _pieces(segments.lengths, keep)
         y, final, kept = fresh(*x.shape), torch.empty(segments.count, *state), torch.empty(len(keep), *state)
-        saved = fresh(len(pieces[2]), *state) if learn and len(pieces[2]) > segments.count else None
+        cut = len(pieces[2]) > sum(length > 0 for length in segments.lengths)  # some sequence is of several pieces
+        saved = fresh(len(pieces[2]), *state) if learn and cut else None
         call("scan_forward", _describe((*row, initial), (y, final, kept, saved), pieces))
         ctx.save_for_backward(*row, initial, saved)
         ctx.pieces, ctx.state = pieces, (segments.count, *state)
