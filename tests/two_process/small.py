@@ -121,6 +121,7 @@ def launch(script: str, processes: int, *words: object, timeout: float = 300) ->
     finally:
         for process in running:
             process.kill()
+            process.communicate()
     for result in done:
-        assert result.returncode == 0, result.stderr[-4000:]
+        assert result.returncode == 0, f"status {result.returncode}: {result.stderr[-4000:]}"
     return done
