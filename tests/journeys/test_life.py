@@ -116,3 +116,6 @@ def test_killed_at_random_it_ends_the_same(lived: Path, tmp_path: Path) -> None:
     samples = [(where / "eval-grpo" / "samples.jsonl").read_text().splitlines() for where in (lived, folder)]
     plain = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines] for lines in samples]
     assert plain[0] == plain[1]
+    test_every_stage_is_in_the_report(folder)
+    test_every_claim_of_the_recipe_finds_its_figure(folder)
+    test_the_child_is_what_was_planned(folder)
