@@ -81,8 +81,9 @@ def run(settings: PairsSettings, inputs: Mapping[str, Path], out: Path, report: 
         for gain, answer in finished:
             verbosity = 4 * len(answer.ids) / settings.max_tokens
             labels = {"correctness": 4 * gain, "verbosity": round(verbosity, 3)}
-            rated.append({"messages": [*row["prompt"], message(answer)], "attributes": labels})
-        own += [{"messages": [*row["prompt"], message(answer)]} for gain, answer in finished if gain == 1.0]
+            whole = {"messages": [*row["prompt"], message(answer)]}
+            rated.append(whole | {"attributes": labels})
+            own += [whole] * (gain == 1.0)
         right, wrong = ([answer for gain, answer in finished if gain == wanted] for wanted in (1.0, 0.0))
         if right and wrong:
             pair = {"prompt": row["prompt"], "chosen": [message(right[0])], "rejected": [message(wrong[0])]}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from whimbrel.engine.graphs import record
 from whimbrel.engine.plan import BLOCK, prompt_flops
 from whimbrel.errors import UserError
 from whimbrel.events import Report, silent
@@ -157,20 +158,6 @@ class Task:
 
 def _nbytes(module: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def record(work: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-    """A CUDA graph of some work, after two runs that compile and warm up, and the tensor it writes its result to."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph, result
 
 
 def on_device(work: Callable[[], object], seconds: float) -> dict[str, float]:

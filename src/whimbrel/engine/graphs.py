@@ -8,9 +8,10 @@ the same step runs unrecorded, which is how it is tested. S sequences, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
 from whimbrel.ops import Segments
 
+T = TypeVar("T")
+
 LEAST_BLOCKS = 64
 """Blocks of the smallest bucket of contexts: 1,024 tokens."""
 
@@ -28,6 +31,23 @@ LEAST_BLOCKS = 64
 def bucket(number: int, least: int, most: int) -> int:
     """The next power of two from `least` on, at most `most`."""
     return min(most, max(least, 1 << max(0, number - 1).bit_length()))
+
+
+def record(work: Callable[[], T], memory: Any = None) -> tuple[Any, T]:
+    """A CUDA graph of some work, after two runs in which kernels are compiled and constants made, and its result.
+
+    memory: a pool that several graphs share.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory):
+        result = work()
+    return graph, result
 
 
 class _Step:
@@ -40,37 +60,21 @@ class _Step:
         self.sent[1], self.sent[2] = pool.slots, 0
         self.here = self.sent.to(device)
         self.table = torch.full((batch, width), pool.blocks, dtype=torch.int64, device=device)
+        self.whole = self.table.new_empty(batch, pool.table.shape[1])
         self.layout = Layout(
             Segments.of([1] * batch, device), (1,) * batch, self.here[2], batch, self.here[1], self.table
         )
         self.graph: Any = None
         if device.type == "cuda":
             self.copied = torch.cuda.Event()
-            self._record(memory)
-
-    def _record(self, memory: Any) -> None:
-        """Run twice (kernels are compiled, constants made), then record. Only rows of nobody are written."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._compute()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=memory):
-            self.logits_SV, self.best_S = self._compute()
+            self.graph, (self.logits_SV, self.best_S) = record(self._compute, memory)  # only rows of nobody are written
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         self.layout._derived.clear()  # what is derived from lengths and tables belongs to the graph
-        torch.index_select(self.pool.table, 0, self.here[1], out=self._rows())
-        self.table.copy_(self._all[:, : self.table.shape[1]])
+        torch.index_select(self.pool.table, 0, self.here[1], out=self.whole)
+        self.table.copy_(self.whole[:, : self.table.shape[1]])
         logits_SV = self.model.head(self.model(self.here[0], self.layout, self.pool.state))
         return logits_SV, logits_SV.argmax(-1)
-
-    def _rows(self) -> Tensor:
-        if not hasattr(self, "_all"):
-            self._all = self.table.new_empty(len(self.table), self.pool.table.shape[1])
-        return self._all
 
     def run(self, tokens: Rows[int], slots: Rows[int], past: Rows[int]) -> tuple[Tensor, Tensor]:
         """Logits [S, V] and the likeliest ids [S] of these sequences, valid until the next step."""

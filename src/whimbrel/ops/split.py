@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-IGNORE = -100
-CHUNK = 1024
+from whimbrel.ops.torch.head import CHUNK, IGNORE
 
 
 class Ranks(Protocol):

@@ -38,20 +38,29 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def records(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Lines of a stage's metrics file; none where it did not train."""
+    path = folder / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def lessons(folder: Path, made: Sequence[Manifest]) -> list[dict[str, Any]]:
-    """A small curve of every stage that trained, after the first: its loss, or the reward where that is what grows."""
-    found = []
+    """A small curve of every stage that trained: its loss, or the reward where that is what grows.
+
+    Not of the first `pretrain`, which has a section of its own.
+    """
+    found: list[dict[str, Any]] = []
+    shown = next((one["name"] for one in made if one["stage"] == "pretrain"), None)
     for one in made:
-        path = folder / one["name"] / "metrics.jsonl"
-        if not path.exists():
-            continue
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = records(folder, one["name"]) if one["name"] != shown else []
         name = "reward" if one["stage"] == "grpo" else "loss"
-        curve = [(float(record["step"]), record[name]) for record in records if name in record]
-        held = [(float(record["step"]), record["validation_loss"]) for record in records if "validation_loss" in record]
+        curve = [(float(line["step"]), line[name]) for line in lines if name in line]
+        held = [(float(line["step"]), line["validation_loss"]) for line in lines if "validation_loss" in line]
+        if not curve:
+            continue
         words = "mean reward of the answers drawn" if name == "reward" else "loss"
         found.append({"name": one["name"], "drawn": Markup(charts.small(404, curve, held, words))})
-    return found[1:]
+    return found
 
 
 def standing(evaluations: Sequence[Manifest], made: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def standing(evaluations: Sequence[Manifest], made: Mapping[str, Manifest]) -> d
         row["memory"] = stage.get("peak_memory_bytes")
         changes = one["metrics"].get("against", {})
         if changes:
-            row["against"] = made[one["inputs"]["against"]["stage"]]["inputs"]["model"].get("stage")
+            row["against"] = _compared_with(one["inputs"]["against"], made)
         for task, found in one["metrics"].items():
             if task == "text":
                 row["cells"]["text", "loss"] = {"loss": found["loss"]}
@@ -82,6 +91,13 @@ def standing(evaluations: Sequence[Manifest], made: Mapping[str, Manifest]) -> d
     for row in rows.values():
         row["cells"] = [row["cells"].get(place) for place in columns]
     return {"columns": columns, "rows": sorted(rows.values(), key=lambda row: order.get(row["name"], -1))}
+
+
+def _compared_with(source: Mapping[str, Any], made: Mapping[str, Manifest]) -> str:
+    """The model of the evaluation that another was held against; a path, where that is not of this run."""
+    if "stage" not in source:
+        return str(source["file"])
+    return str(made[source["stage"]]["inputs"]["model"].get("stage") or source["stage"])
 
 
 def _drawn(title: str, note: str, x: str, y: str, series: Mapping[str, Sequence[charts.Bar]]) -> dict[str, Any]:

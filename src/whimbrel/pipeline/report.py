@@ -165,8 +165,7 @@ def headline(kinds: Mapping[str, Manifest], made: Sequence[Manifest]) -> list[di
 
 def training(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Curves of a training stage from its metrics file, and the figures beside them."""
-    lines = (folder / manifest["name"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = life.records(folder, manifest["name"])
     steps = [record for record in records if "loss" in record]
     tokens = {0: 0} | {record["step"]: record["tokens"] for record in steps}
     train = [(float(record["tokens"]), record["loss"]) for record in steps]

@@ -101,6 +101,27 @@ def _slope(
 
 
 @triton.jit
+def _onward(
+    x, weight, bias, initial, dy, dtail, at, start, end, s, col, inside, x_stride, dy_stride,
+    I: tl.constexpr, W: tl.constexpr, HISTORY: tl.constexpr, BIAS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the inputs `at`: from the W outputs that see each, and from the tail that keeps it."""
+    result = tl.zeros([at.shape[0], col.shape[0]], tl.float32)
+    for k in tl.static_range(W):
+        w = tl.load(weight + col * W + k, mask=inside, other=0.0).to(tl.float32)
+        seen = at + (W - 1 - k)
+        result += w[None, :] * _slope(
+            x, weight, bias, initial, dy, seen, start, end, s, col, inside, x_stride, dy_stride, I, W, HISTORY, BIAS
+        )
+    if TAIL:
+        j = at - (end - (W - 1))
+        mask = ((j >= 0) & (at < end))[:, None] & inside[None, :]
+        place = dtail + s.to(tl.int64) * (I * (W - 1)) + j[:, None] * I + col[None, :]
+        result += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    return result
+
+
+@triton.jit
 def _backward(
     x, weight, bias, initial, dy, dtail, dx, dweight, dbias, begins, sequence, starts, x_stride, dy_stride,
     I: tl.constexpr, W: tl.constexpr, HISTORY: tl.constexpr, BIAS: tl.constexpr, TAIL: tl.constexpr,
@@ -113,35 +134,10 @@ def _backward(
     at = tl.load(begins + piece) + tl.arange(0, L)
     col = tl.program_id(0) * BI + tl.arange(0, BI)
     inside = col < I
-    result = tl.zeros([L, BI], tl.float32)
-    for k in tl.static_range(W):
-        w = tl.load(weight + col * W + k, mask=inside, other=0.0).to(tl.float32)
-        later = _slope(
-            x,
-            weight,
-            bias,
-            initial,
-            dy,
-            at + (W - 1 - k),
-            start,
-            end,
-            s,
-            col,
-            inside,
-            x_stride,
-            dy_stride,
-            I,
-            W,
-            HISTORY,
-            BIAS,
-        )
-        result += w[None, :] * later
-    if TAIL:
-        j = at - (end - (W - 1))
-        mask = ((j >= 0) & (at < stop))[:, None] & inside[None, :]
-        result += tl.load(
-            dtail + s.to(tl.int64) * (I * (W - 1)) + j[:, None] * I + col[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
+    result = _onward(
+        x, weight, bias, initial, dy, dtail, at, start, end, s, col, inside, x_stride, dy_stride,
+        I, W, HISTORY, BIAS, TAIL,
+    )  # fmt: skip
     mask = (at < stop)[:, None] & inside[None, :]
     tl.store(dx + at.to(tl.int64)[:, None] * I + col[None, :], result.to(dx.dtype.element_ty), mask=mask)
     own = _slope(x, weight, bias, initial, dy, at, start, end, s, col, inside, x_stride, dy_stride, I, W, HISTORY, BIAS)
@@ -165,35 +161,10 @@ def _histories(
     inside = col < I
     for j in tl.static_range(W - 1):
         at = start - (W - 1) + j + tl.zeros([1], tl.int32)
-        result = tl.zeros([1, BI], tl.float32)
-        for k in tl.static_range(W):
-            w = tl.load(weight + col * W + k, mask=inside, other=0.0).to(tl.float32)
-            later = _slope(
-                x,
-                weight,
-                bias,
-                initial,
-                dy,
-                at + (W - 1 - k),
-                start,
-                end,
-                s,
-                col,
-                inside,
-                x_stride,
-                dy_stride,
-                I,
-                W,
-                True,
-                BIAS,
-            )
-            result += w[None, :] * later
-        if TAIL:
-            place = at - (end - (W - 1))
-            mask = (place >= 0)[:, None] & inside[None, :]
-            result += tl.load(
-                dtail + s.to(tl.int64) * (I * (W - 1)) + place[:, None] * I + col[None, :], mask=mask, other=0.0
-            ).to(tl.float32)
+        result = _onward(
+            x, weight, bias, initial, dy, dtail, at, start, end, s, col, inside, x_stride, dy_stride,
+            I, W, True, BIAS, TAIL,
+        )  # fmt: skip
         tl.store(
             dinitial + s.to(tl.int64) * (I * (W - 1)) + j * I + col[None, :],
             result.to(dinitial.dtype.element_ty),
