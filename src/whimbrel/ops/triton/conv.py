@@ -107,7 +107,7 @@ def _onward(
 ):  # fmt: skip
     """Gradient of the inputs `at`: from the W outputs that see each, and from the tail that keeps it."""
     result = tl.zeros([at.shape[0], col.shape[0]], tl.float32)
-    for k in tl.static_range(W):
+    for k in tl.range(W, num_stages=1):  # a loop: W copies, unrolled, spill 30 kB a thread on sm_90
         w = tl.load(weight + col * W + k, mask=inside, other=0.0).to(tl.float32)
         seen = at + (W - 1 - k)
         result += w[None, :] * _slope(
