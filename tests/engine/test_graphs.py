@@ -80,6 +80,26 @@ def test_draws_do_not_depend_on_the_bucket(hybrid, tokenizer):
     assert mine.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
 
 
+SETTINGS = [
+    {},
+    {"temperature": 1.3},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 0.9, "top_k": 7, "min_p": 0.05},
+    {"temperature": 1.0, "min_p": 0.02},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2},
+]
+
+
+def test_a_batch_of_unlike_settings_draws_what_each_draws_alone_on_the_host(hybrid, tokenizer):
+    settings = [Sampling(max_tokens=12, seed=5, ignore_eos=True, **more) for more in SETTINGS]
+    prompts = [[70 + i, 80] for i in range(len(settings))]
+    engine = graphed(hybrid, tokenizer, max_sequences=6, kv_tokens=256)
+    together = [answer.ids for answer in engine.generate(prompts, settings)]
+    assert {key[2] for key in engine._graphs._steps} >= {(True, True)}
+    alone = Engine(hybrid, tokenizer, max_sequences=1, kv_tokens=64)
+    assert together == [next(alone.generate([p], s)).ids for p, s in zip(prompts, settings, strict=True)]
+
+
 def test_weights_that_moved_are_recorded_anew(make_model, hybrid, tokenizer):
     model = make_model(hybrid.config, 5)
     engine = graphed(model, tokenizer, max_sequences=2, kv_tokens=64)

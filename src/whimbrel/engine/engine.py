@@ -21,7 +21,7 @@ from whimbrel.engine.graphs import DecodeGraphs
 from whimbrel.engine.memory import default_kv_tokens
 from whimbrel.engine.pool import Pool
 from whimbrel.engine.prompt import Prompt, read_prompt
-from whimbrel.engine.sampler import LogProb, sample, top_log_probs
+from whimbrel.engine.sampler import LogProb, on_device, sample, top_log_probs
 from whimbrel.engine.sampling import Sampling
 from whimbrel.engine.scheduler import Scheduler, Work
 from whimbrel.engine.score import score_pairs
@@ -188,17 +188,19 @@ class Engine:
 
     def _decode(self, running: list[Sequence], graphs: DecodeGraphs) -> list[Sequence]:
         """One more token of each running answer, on a GPU: nothing waits for the device but the ids themselves."""
-        logits_SV, best_S = graphs.step(running)
-        due = []
+        draws = [sequence.draw(self.model.config.vocab_size, self.device) for sequence in running]
+        logits_SV, ids_S = graphs.step(running, draws)
         for sequence in running:
             sequence.cached += 1
-            due += [sequence] if not sequence.pending else []
-        if len(due) < len(running):  # the others have more tokens to compute first
-            rows = [row for row, sequence in enumerate(running) if not sequence.pending]
-            logits_SV, best_S = logits_SV[rows], best_S[rows]
-        plain = all(s.sampling.temperature == 0 and s.sampling.repetition_penalty == 1.0 for s in due)
-        if due:
-            self._choose(logits_SV, due, best_S.tolist() if plain else None)
+        rows = [row for row, sequence in enumerate(running) if not sequence.pending]  # the others compute more first
+        if not rows:
+            return []
+        ids = ids_S.tolist()
+        left = [row for row in rows if ids[row] < 0 or not on_device(draws[row])]
+        for row, token in zip(left, sample(logits_SV[left], [draws[row] for row in left]) if left else [], strict=True):
+            ids[row] = token
+        due = [running[row] for row in rows]
+        self._choose(logits_SV if len(rows) == len(running) else logits_SV[rows], due, [ids[row] for row in rows])
         return due
 
     def _choose(self, logits_SV: torch.Tensor, due: list[Sequence], tokens: list[int] | None = None) -> None:
