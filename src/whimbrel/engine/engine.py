@@ -47,7 +47,7 @@ class Engine:
 
     `max_sequences` run at once; `kv_tokens` tokens of keys and values for all of them (None: what the free memory
     allows, at most `max_sequences` full contexts) in blocks of `block_size`; `prefill_tokens` tokens of prompts in one
-    step.
+    step. `state_dtype`: float32, or float16, rounded at random (docs/gpu.md).
     """
 
     def __init__(
@@ -59,12 +59,16 @@ class Engine:
         kv_tokens: int | None = None,
         block_size: int = 16,
         prefill_tokens: int = 512,
+        state_dtype: str = "float32",
         report: Report = warn,
     ) -> None:
         sizes = {"max_sequences": max_sequences, "block_size": block_size, "prefill_tokens": prefill_tokens}
         for name, value in (sizes if kv_tokens is None else sizes | {"kv_tokens": kv_tokens}).items():
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1; set {name} to 16")
+        if state_dtype not in ("float32", "float16"):
+            raise UserError(f"state_dtype is {state_dtype!r}; set state_dtype to float32 or float16")
+        self.state_dtype = state_dtype
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={model.config.vocab_size}; "
@@ -94,7 +98,7 @@ class Engine:
     def _running(self) -> Scheduler:
         if self._scheduler is None:
             kv_tokens = self.kv_tokens or default_kv_tokens(
-                self.model.config, self.max_sequences, self.block_size, self.dtype, self.device
+                self.model.config, self.max_sequences, self.block_size, self.dtype, self.device, self.state_dtype
             )
             pool = Pool(
                 self.model.config,
@@ -104,6 +108,7 @@ class Engine:
                 dtype=self.dtype,
                 device=self.device,
                 spare=self.device.type == "cuda",
+                state_dtype=getattr(torch, self.state_dtype),
             )
             self._scheduler = Scheduler(pool, self.prefill_tokens)
             self._graphs = DecodeGraphs(self.model, pool) if self.device.type == "cuda" else None
