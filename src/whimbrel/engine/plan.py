@@ -106,8 +106,7 @@ def plan(
             raise UserError(f"{setting} is {value}; set {setting} to 1 or more, for example {works}")
     kv_dtype = kv_dtype or dtype
     need = _Need(config, dtype, kv_dtype, prefill_tokens, reserve, state_dtype)
-    total = need.fixed(context) + batch * need.sequence(context)
-    room = max(0, memory - need.fixed(context))
+    total, room = need.fixed(context) + batch * need.sequence(context), max(0, memory - need.fixed(context))
     largest = room // need.sequence(context)
     return Plan(
         model=name,
