@@ -66,6 +66,14 @@ struct Relu2 {
     int64_t count;
 };
 
+// c [rows, columns] = a b, plus what stands there with `add`: a(r, k) = a[r * a_row + k * a_step], of which one is 1, b(k, n) =
+// b[k * b_step + n * b_column] alike.
+struct Matmul {
+    const float *a, *b;
+    float* c;
+    int64_t rows, columns, depth, a_row, a_step, b_step, b_column, c_row, add;
+};
+
 // A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
 // and the sums of 8 rows fall into 8 lanes; w = scale * code, one float16 scale for each row and `group` inputs (32, 64 or
 // 128, a divisor of inputs), scales [outputs / 8, inputs / group, 8]. A last panel that is not full has rows of scale 0.
@@ -138,6 +146,7 @@ WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradient
 WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_relu2(const Relu2* relu2, int threads);
+WHIMBREL_EXPORT void whimbrel_matmul(const Matmul* matmul, int threads);
 WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);
