@@ -13,7 +13,7 @@
 namespace whimbrel::WHIMBREL_ISA {
 namespace {
 
-constexpr int tall = lanes == 16 ? 14 : lanes == 8 ? 6 : 4;  // rows of a tile, at most: its sums fill the registers
+constexpr int tall = lanes == 16 ? 12 : lanes == 8 ? 6 : 4;  // rows of a tile, at most: its sums fill the registers
 constexpr int64_t panel = 2 * lanes;                         // columns of a panel
 constexpr int64_t most_deep = 384, most_columns = 2048;      // of a block of b
 constexpr int64_t most_tiles = 12;                           // of a block of a
