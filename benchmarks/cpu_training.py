@@ -8,7 +8,8 @@ hybrid-0.3m   16 sequences of 64 tokens (reference/tiny_life.md, section 1): our
 hybrid-5m     alone, and beside a depth-wise conv1d and a scan with one masked decay matrix a head, chunk 32.
 
 The floor is that of the matrix products: the three of each projection (forward, and both gradients) and of the head,
-timed in the same run at their own shapes, torch's or ours, whichever is faster. What is left of a step is native calls, by name, and the rest.
+timed in the same run at their own shapes, torch's or ours, whichever is faster. What is left of a step is native
+calls, by name, and the rest.
 Run: python benchmarks/cpu_training.py [--rows hybrid-0.3m …]
 """
 
