@@ -152,7 +152,7 @@ def clocks() -> Iterator[Counter[str]]:
             module.call = before
 
 
-def product_seconds(model: LanguageModel, tokens: int, repeats: int) -> float:
+def product_seconds(model: LanguageModel, tokens: int, repeats: int, warm_up: int = 1) -> float:
     """Seconds of the matrix products of a step, each timed at its own shape: x W^T, and both gradients."""
     shapes: dict[tuple[int, ...], int] = defaultdict(int)
     for module in model.modules():
@@ -162,12 +162,12 @@ def product_seconds(model: LanguageModel, tokens: int, repeats: int) -> float:
     seconds = 0.0
     for (outputs, inputs), count in shapes.items():
         x, weight, dy = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
-        y, dx, dw = torch.empty(tokens, outputs), torch.empty(tokens, inputs), torch.empty(outputs, inputs)
+        y, dx, dw = torch.ones(tokens, outputs), torch.ones(tokens, inputs), torch.ones(outputs, inputs)
         for a, b, out in ((x, weight.t(), y), (dy, weight, dx), (dy.t(), x, dw)):
             ways: dict[str, Callable[[], object]] = {"torch": partial(torch.mm, a, b, out=out)}
             if cpu.isa():
                 ways["native"] = partial(cpu.matmul.product, a, b, out)
-            seconds += count * min(min(runs) for runs in in_turns(ways, repeats).values())
+            seconds += count * min(min(runs) for runs in in_turns(ways, repeats, warm_up).values())
     return seconds
 
 
@@ -262,7 +262,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
         assert abs(mine.sum.item() / mine.count - other) < 1e-3, (mine.sum.item() / mine.count, other)
     train_step(model, CrossEntropy(), [short], optimizer, clip=1.0)  # makes the moments of both
     peer_step(ids)
-    products = product_seconds(model, options.tokens, 1)
+    products = product_seconds(model, options.tokens, 1, warm_up=0)
     theirs_seconds = in_turns({"transformers": partial(peer_step, tokens_BL)}, options.large_repeats, warm_up=0)
 
     def step() -> float:
