@@ -108,12 +108,12 @@ def test_help_names_only_what_exists(name: str) -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     said = {"setup", "demo", "test"}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        said |= set(re.findall(r"^make ([a-z]+)", "\n".join(blocks(text, "(?:sh)?")), re.M))
-        said |= set(re.findall(r"`make ([a-z]+)`", text))
+        said |= set(re.findall(r"^make ([a-z-]+)", "\n".join(blocks(text, "(?:sh)?")), re.M))
+        said |= set(re.findall(r"`make ([a-z-]+)`", text))
     assert said <= targets
 
 

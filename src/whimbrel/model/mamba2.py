@@ -71,7 +71,12 @@ class Mamba2(nn.Module):
         slots_S = layout.slots[: layout.decodes]
         xbc_SI = ops.conv_step(xbc_SI, self.conv_weight, self.conv_bias, state.conv[layer], slots_S)
         x_SHP, b_SGN, c_SGN = self._split(xbc_SI)
-        return ops.ssd_step(x_SHP, dt_SH, -self.A_log.exp(), b_SGN, c_SGN, self.D, state.ssm[layer], slots_S).flatten(1)
+        more = {}
+        if state.ssm[layer].dtype == torch.float16:
+            # Of the position and the layer: neither slot nor batch mates change how a state is rounded.
+            more = {"seed": layout.key_counts()[: layout.decodes] * 4096 + layer}
+        a_H = -self.A_log.exp()
+        return ops.ssd_step(x_SHP, dt_SH, a_H, b_SGN, c_SGN, self.D, state.ssm[layer], slots_S, **more).flatten(1)
 
     def _scan(self, xbc_TI: Tensor, dt_TH: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
         rest = layout.segments.rest(layout.decodes)
@@ -84,7 +89,7 @@ class Mamba2(nn.Module):
                 # Filled, not multiplied: what another sequence left in the slot may be infinite.
                 fresh_S = torch.tensor([p == 0 for p in past], device=xbc_TI.device)
                 tail = state.conv[layer][slots_S].masked_fill_(fresh_S[:, None, None], 0)
-                initial = state.ssm[layer][slots_S].masked_fill_(fresh_S[:, None, None, None], 0)
+                initial = state.ssm[layer][slots_S].float().masked_fill_(fresh_S[:, None, None, None], 0)
         else:
             tail = layout.exchange.halo(xbc_TI, self.config.conv_kernel - 1, rest.count)
         xbc_TI, tail = ops.conv(xbc_TI, self.conv_weight, self.conv_bias, rest, tail)
@@ -95,5 +100,7 @@ class Mamba2(nn.Module):
         y_THP, final, _ = ops.ssd(x_THP, dt_TH, a_H, b_TGN, c_TGN, self.D, rest, initial)
         if state is not None and slots_S is not None:
             state.conv[layer][slots_S] = tail.to(state.conv[layer].dtype)
-            state.ssm[layer][slots_S] = final.to(state.ssm[layer].dtype)
+            kind = state.ssm[layer].dtype
+            final = final.clamp(-65504.0, 65504.0) if kind == torch.float16 else final
+            state.ssm[layer][slots_S] = final.to(kind)
         return y_THP.flatten(1)

@@ -18,12 +18,14 @@ from whimbrel.ops.memory import huge
 
 @dataclass(eq=False)
 class State:
-    """The memory of all sequences, one tensor a layer. The SSM state is float32 whatever the model's dtype."""
+    """The memory of all sequences, one tensor a layer. The SSM state is float32 whatever the model's dtype, or
+    float16, rounded at random as it advances.
+    """
 
     conv: dict[int, Tensor]
     """Layer -> tail_SI(W-1): the last inputs of the convolution, oldest first. Channels are neighbours in memory."""
     ssm: dict[int, Tensor]
-    """Layer -> state_SHPN, float32."""
+    """Layer -> state_SHPN, float32 or float16."""
     k: dict[int, Tensor]
     """Layer -> [blocks, block size, K, E]."""
     v: dict[int, Tensor]
@@ -39,6 +41,7 @@ class State:
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype | None = None,
+        ssm_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> State:
         """Room for `slots` recurrent states (zeros) and `blocks` blocks of `block_size` tokens (any values) in
@@ -50,7 +53,7 @@ class State:
         mamba, attention = config.indices(MAMBA), config.indices(ATTENTION)
         return cls(
             conv={i: huge(torch.zeros(tail, dtype=dtype, device=device)).transpose(1, 2) for i in mamba},
-            ssm={i: huge(torch.zeros(state, dtype=torch.float32, device=device)) for i in mamba},
+            ssm={i: huge(torch.zeros(state, dtype=ssm_dtype, device=device)) for i in mamba},
             # Not filled: a place is written before it is read, and on a CPU untouched pages cost nothing.
             k={i: huge(torch.empty(block, dtype=kv_dtype or dtype, device=device)) for i in attention},
             v={i: huge(torch.empty(block, dtype=kv_dtype or dtype, device=device)) for i in attention},
