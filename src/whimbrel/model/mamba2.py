@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from whimbrel import ops
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.layout import Layout
+from whimbrel.model.linear import Linear
 from whimbrel.model.state import State
 
 
@@ -24,7 +25,7 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         heads, inner = config.mamba_num_heads, config.mamba_inner
-        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_width, config.mamba_bias, device, dtype)
+        self.in_proj = Linear(config.hidden_size, config.in_proj_width, config.mamba_bias, device, dtype)
         self.conv_weight = nn.Parameter(
             torch.empty(config.conv_channels, config.conv_kernel, device=device, dtype=dtype)
         )
@@ -35,7 +36,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(heads, device=device, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.zeros(heads, device=device, dtype=torch.float32))
         self.norm_weight = nn.Parameter(torch.ones(inner, device=device, dtype=dtype))
-        self.out_proj = nn.Linear(inner, config.hidden_size, config.mamba_bias, device, dtype)
+        self.out_proj = Linear(inner, config.hidden_size, config.mamba_bias, device, dtype)
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
         """[T, D] -> [T, D]. With a state, each sequence continues from its slot (from zero if it has no past) and
