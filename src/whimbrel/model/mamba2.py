@@ -89,7 +89,9 @@ class Mamba2(nn.Module):
                 # Filled, not multiplied: what another sequence left in the slot may be infinite.
                 fresh_S = torch.tensor([p == 0 for p in past], device=xbc_TI.device)
                 tail = state.conv[layer][slots_S].masked_fill_(fresh_S[:, None, None], 0)
-                initial = state.ssm[layer][slots_S].float().masked_fill_(fresh_S[:, None, None, None], 0)
+                held = state.ssm[layer][slots_S]
+                held = held.float() if held.dtype == torch.float16 else held
+                initial = held.masked_fill_(fresh_S[:, None, None, None], 0)
         else:
             tail = layout.exchange.halo(xbc_TI, self.config.conv_kernel - 1, rest.count)
         xbc_TI, tail = ops.conv(xbc_TI, self.conv_weight, self.conv_bias, rest, tail)
