@@ -2,12 +2,14 @@
 
 hybrid-290m   a row of 2,048 tokens, beside transformers' nemotron_h on the same weights: both sides share one set of
               parameters, gradients and moments, so that 24 GiB hold them. The row is one document, because the peer
-              cannot keep documents apart. A repeat of both takes about a minute and a half.
+              cannot keep documents apart. The peer comes first, on the heap as malloc leaves it; ours then runs as
+              our loop does after its first step: keeping its memory, 5 GiB of it touched before.
 hybrid-0.3m   16 sequences of 64 tokens (reference/tiny_life.md, section 1): our native operations beside `ops/torch`
 hybrid-5m     alone, and beside a depth-wise conv1d and a scan with one masked decay matrix a head, chunk 32.
 
 The floor is that of the matrix products: the three of each projection (forward, and both gradients) and of the head,
-timed in the same run at their own shapes. What is left of a step is native calls, by name, and the rest.
+timed in the same run at their own shapes, torch's or ours, whichever is faster. What is left of a step is native
+calls, by name, and the rest.
 Run: python benchmarks/cpu_training.py [--rows hybrid-0.3m …]
 """
 
@@ -37,6 +39,7 @@ from whimbrel.model import families
 from whimbrel.model.count import flops_per_token, total
 from whimbrel.model.presets import preset
 from whimbrel.ops import cpu
+from whimbrel.ops.memory import kept
 from whimbrel.ops.segments import Segments
 from whimbrel.train.objective import CrossEntropy
 from whimbrel.train.optimizer import OptimizerSettings, adamw
@@ -137,7 +140,8 @@ def clocks() -> Iterator[Counter[str]]:
     def call(name: str, *structures: Any) -> None:
         begin = time.perf_counter()
         before(name, *structures)
-        seconds[name.removesuffix("_forward").removesuffix("_backward")] += time.perf_counter() - begin
+        if name != "matmul":  # it is among the products
+            seconds[name.removesuffix("_forward").removesuffix("_backward")] += time.perf_counter() - begin
 
     for module in modules:
         module.call = call
@@ -148,7 +152,7 @@ def clocks() -> Iterator[Counter[str]]:
             module.call = before
 
 
-def product_seconds(model: LanguageModel, tokens: int, repeats: int) -> float:
+def product_seconds(model: LanguageModel, tokens: int, repeats: int, warm_up: int = 1) -> float:
     """Seconds of the matrix products of a step, each timed at its own shape: x W^T, and both gradients."""
     shapes: dict[tuple[int, ...], int] = defaultdict(int)
     for module in model.modules():
@@ -158,13 +162,12 @@ def product_seconds(model: LanguageModel, tokens: int, repeats: int) -> float:
     seconds = 0.0
     for (outputs, inputs), count in shapes.items():
         x, weight, dy = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
-        y, dx, dw = torch.empty(tokens, outputs), torch.empty(tokens, inputs), torch.empty(outputs, inputs)
-        products: dict[str, Callable[[], object]] = {
-            "y": partial(torch.mm, x, weight.t(), out=y),
-            "dx": partial(torch.mm, dy, weight, out=dx),
-            "dw": partial(torch.mm, dy.t(), x, out=dw),
-        }
-        seconds += count * sum(min(runs) for runs in in_turns(products, repeats).values())
+        y, dx, dw = torch.ones(tokens, outputs), torch.ones(tokens, inputs), torch.ones(outputs, inputs)
+        for a, b, out in ((x, weight.t(), y), (dy, weight, dx), (dy.t(), x, dw)):
+            ways: dict[str, Callable[[], object]] = {"torch": partial(torch.mm, a, b, out=out)}
+            if cpu.isa():
+                ways["native"] = partial(cpu.matmul.product, a, b, out)
+            seconds += count * min(min(runs) for runs in in_turns(ways, repeats, warm_up).values())
     return seconds
 
 
@@ -186,9 +189,10 @@ def small(config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
 
     first = {name: run(name) for name in names}
     assert max(first.values()) - min(first.values()) < 1e-4, f"not the same loss: {first}"
-    seconds = in_turns({name: partial(run, name) for name in names}, options.repeats, warm_up=5)
+    with kept():  # as in the loop; all forms alike, for they share one heap
+        seconds = in_turns({name: partial(run, name) for name in names}, options.repeats, warm_up=5)
     products = product_seconds(LanguageModel(config).initialise(0), len(row.tokens_T), 10)
-    with clocks() as native:
+    with kept(), clocks() as native:
         for _ in range(20):
             run("native")
     return {"parameters": total(config), "sequences": "16 x 64"} | figures(
@@ -258,16 +262,16 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
         assert abs(mine.sum.item() / mine.count - other) < 1e-3, (mine.sum.item() / mine.count, other)
     train_step(model, CrossEntropy(), [short], optimizer, clip=1.0)  # makes the moments of both
     peer_step(ids)
-    products = product_seconds(model, options.tokens, 1)
-    with clocks() as native:
-        seconds = in_turns(
-            {
-                "native": lambda: train_step(model, CrossEntropy(), [row], optimizer, clip=1.0),
-                "transformers": partial(peer_step, tokens_BL),
-            },
-            options.large_repeats,
-            warm_up=0,
-        )
+    products = product_seconds(model, options.tokens, 1, warm_up=0)
+    theirs_seconds = in_turns({"transformers": partial(peer_step, tokens_BL)}, options.large_repeats, warm_up=0)
+
+    def step() -> float:
+        return train_step(model, CrossEntropy(), [row], optimizer, clip=1.0).loss
+
+    with kept():  # as in the loop, where the first step takes the memory that the others use again
+        torch.empty(5 << 30, dtype=torch.uint8).fill_(0)
+        with clocks() as native:
+            seconds = in_turns({"native": step}, options.large_repeats, warm_up=0) | theirs_seconds
     shares = {name: spent / options.large_repeats for name, spent in native.items()}
     return {
         "parameters": total(config),

@@ -90,7 +90,7 @@ def steps(kernels: Any) -> None:
     row = [torch.empty(8, 128, 80, dtype=BF16), torch.empty(8, 128), torch.empty(128)]
     row += [torch.empty(8, 8, 128, dtype=BF16), torch.empty(8, 8, 128, dtype=BF16), torch.empty(128)]
     for kind in (torch.float32, torch.float16):
-        kernels.ssd_step(*row, torch.empty(9, 128, 80, 128, dtype=kind), slots, seed=torch.ones(1, dtype=torch.int64))
+        kernels.ssd_step(*row, torch.empty(9, 128, 80, 128, dtype=kind), slots, seed=torch.ones(8, dtype=torch.int64))
     keys = torch.empty(64, 16, 8, 128, dtype=BF16)
     table = torch.zeros(8, 64, dtype=torch.int64)
     kernels.paged_attention(torch.empty(8, 40, 128, dtype=BF16), keys, keys, table, slots)

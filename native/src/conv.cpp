@@ -16,18 +16,33 @@ const float* row(const Conv& c, int64_t sequence, int64_t t) {
     return c.initial + (sequence * (c.width - 1) + t + c.width - 1) * c.channels;
 }
 
+// What SiLU is applied to, at channels i … of which `left` are real; taps are rows of the input, oldest first. W 0: any width.
+template <int W>
+[[gnu::always_inline]] inline vec total(const Conv& c, const float* const* taps, int64_t i, int64_t left) {
+    vec v = c.bias ? load(c.bias + i, left) : vec{};
+    if constexpr (W > 0) {
+        UNROLL for (int k = 0; k < W; k++) v += load(c.weight + k * c.channels + i, left) * load(taps[k] + i, left);
+    } else {
+        for (int64_t k = 0; k < c.width; k++) v += load(c.weight + k * c.channels + i, left) * load(taps[k] + i, left);
+    }
+    return v;
+}
+
+constexpr int64_t most_width = 64;
+
+template <int W>
 void forward_band(const Conv& c, int64_t s, int64_t from, int64_t to) {
-    const int64_t history = c.width - 1, length = c.offsets[s + 1] - c.offsets[s];
-    std::vector<const float*> taps(c.width);
+    const int64_t history = c.width - 1, length = c.offsets[s + 1] - c.offsets[s], whole = to - (to - from) % lanes;
+    const float* taps[most_width] = {};
     for (int64_t t = 0; t < length; t++) {
-        float *pre = c.pre + (c.offsets[s] + t) * c.channels, *y = c.y + (c.offsets[s] + t) * c.channels;
+        float* y = c.y + (c.offsets[s] + t) * c.channels;
         for (int64_t k = 0; k < c.width; k++) taps[k] = row(c, s, t - history + k);
-        for (int64_t i = from; i < to; i += lanes) {
-            const int64_t n = to - i;
-            vec v = c.bias ? load(c.bias + i, n) : vec{};
-            for (int64_t k = 0; k < c.width; k++) v += load(c.weight + k * c.channels + i, n) * load(taps[k] + i, n);
-            store(pre + i, v, n), store(y + i, v * sigmoid(v), n);
-        }
+        const auto some = [&](int64_t i, int64_t left) {
+            const vec v = total<W>(c, taps, i, left);
+            store(y + i, v * sigmoid(v), left);
+        };
+        for (int64_t i = from; i < whole; i += lanes) some(i, lanes);
+        if (whole < to) some(whole, to - whole);
     }
     for (int64_t k = 0; k < history; k++)
         std::copy(row(c, s, length - history + k) + from, row(c, s, length - history + k) + to,
@@ -35,38 +50,47 @@ void forward_band(const Conv& c, int64_t s, int64_t from, int64_t to) {
 }
 
 // dx_u = sum_k w_k dpre_{u + W-1 - k} is complete when dpre_{u + W-1} is known: W rows of dpre lie in a ring.
+template <int W>
 void backward_band(const Conv& c, const ConvGradients& out, int64_t from, int64_t to) {
-    const int64_t history = c.width - 1, wide = round_up(to - from);
-    std::vector<float> ring(c.width * wide), dw(c.width * wide), db(wide);
+    const int64_t width = W > 0 ? W : c.width, history = width - 1, wide = round_up(to - from), whole = to - (to - from) % lanes;
+    std::vector<float> ring(width * wide), dw(width * wide), db(wide);
+    const float *taps[most_width] = {}, *newer[most_width] = {};
     for (int64_t s = 0; s < c.sequences; s++) {
         const int64_t length = c.offsets[s + 1] - c.offsets[s];
         std::fill(ring.begin(), ring.end(), 0.0f);
         for (int64_t t = 0; t < length + history; t++) {
-            float* own = &ring[t % c.width * wide];
-            const int64_t place = (c.offsets[s] + t) * c.channels, u = t - history;
+            float* own = &ring[t % width * wide];
+            const int64_t u = t - history;
+            const float* dy = out.dy + (c.offsets[s] + t) * c.channels;
             float* dx = u >= 0 ? out.dx + (c.offsets[s] + u) * c.channels : out.dinitial + (s * history + t) * c.channels;
             const float* dtail = u >= length - history ? out.dtail + (s * history + u - length + history) * c.channels : nullptr;
-            for (int64_t i = from; i < to; i += lanes) {
-                const int64_t n = to - i, j = i - from;
+            for (int64_t k = 0; k < width; k++) {
+                if (t < length) taps[k] = row(c, s, u + k);
+                newer[k] = t >= k ? &ring[(t - k) % width * wide] : nullptr;
+            }
+            const auto some = [&](int64_t i, int64_t left) {
+                const int64_t j = i - from;
                 vec d{};
                 if (t < length) {
-                    const vec pre = load(c.pre + place + i, n), gate = sigmoid(pre);
-                    d = load(out.dy + place + i, n) * gate * (1.0f + pre * (1.0f - gate));
+                    const vec pre = total<W>(c, taps, i, left), gate = sigmoid(pre);
+                    d = load(dy + i, left) * gate * (1.0f + pre * (1.0f - gate));
                     store(&db[j], load(&db[j]) + d);
-                    for (int64_t k = 0; k < c.width; k++) {
+                    UNROLL for (int64_t k = 0; k < width; k++) {
                         float* sum = &dw[k * wide + j];
-                        store(sum, load(sum) + load(row(c, s, u + k) + i, n) * d);
+                        store(sum, load(sum) + load(taps[k] + i, left) * d);
                     }
                 }
                 store(own + j, d);
-                vec total = dtail ? load(dtail + i, n) : vec{};
-                for (int64_t k = 0; k <= std::min(t, history); k++)
-                    total += load(c.weight + k * c.channels + i, n) * load(&ring[(t - k) % c.width * wide + j]);
-                store(dx + i, total, n);
-            }
+                vec all = dtail ? load(dtail + i, left) : vec{};
+                UNROLL for (int64_t k = 0; k < width; k++)
+                    if (newer[k]) all += load(c.weight + k * c.channels + i, left) * load(newer[k] + j);
+                store(dx + i, all, left);
+            };
+            for (int64_t i = from; i < whole; i += lanes) some(i, lanes);
+            if (whole < to) some(whole, to - whole);
         }
     }
-    for (int64_t k = 0; k < c.width; k++) std::copy_n(&dw[k * wide], to - from, out.dweight + k * c.channels + from);
+    for (int64_t k = 0; k < width; k++) std::copy_n(&dw[k * wide], to - from, out.dweight + k * c.channels + from);
     std::copy_n(db.data(), to - from, out.dbias + from);
 }
 
@@ -83,14 +107,15 @@ void conv_forward(const Conv& c, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < bands * c.sequences; task++) {
         const int64_t from = task / c.sequences * wide;
-        forward_band(c, task % c.sequences, from, std::min(c.channels, from + wide));
+        (c.width == 4 ? forward_band<4> : forward_band<0>)(c, task % c.sequences, from, std::min(c.channels, from + wide));
     }
 }
 
 void conv_backward(const Conv& c, const ConvGradients& out, int threads) {
     const int64_t wide = band(c.channels, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t from = 0; from < c.channels; from += wide) backward_band(c, out, from, std::min(c.channels, from + wide));
+    for (int64_t from = 0; from < c.channels; from += wide)
+        (c.width == 4 ? backward_band<4> : backward_band<0>)(c, out, from, std::min(c.channels, from + wide));
 }
 
 }  // namespace whimbrel::WHIMBREL_ISA

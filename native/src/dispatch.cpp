@@ -20,6 +20,8 @@
     void gated_norm_forward(const GatedNorm&, int);                               \
     void gated_norm_backward(const GatedNorm&, const GatedNormGradients&, int);   \
     void relu2(const Relu2&, int);                                                \
+    void matmul(const Matmul&, int);                                              \
+    void cross_entropy(const Entropy&, int);                                      \
     }                                                                             \
     DECLARE_PRODUCTS(isa)
 
@@ -44,6 +46,8 @@ struct Form {
     void (*gated_norm_forward)(const GatedNorm&, int);
     void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int);
     void (*relu2)(const Relu2&, int);
+    void (*matmul)(const Matmul&, int);
+    void (*cross_entropy)(const Entropy&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*decode)(const Decode&, int);
@@ -52,7 +56,7 @@ struct Form {
 #define FORM(name, isa, products, here)                                                                       \
     Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::relu2, whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
+         whimbrel::isa::relu2, whimbrel::isa::matmul, whimbrel::isa::cross_entropy, whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
 
 #ifdef WHIMBREL_AVX512
 bool wide() {
@@ -111,6 +115,10 @@ void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradient
 }
 
 void whimbrel_relu2(const Relu2* relu2, int threads) { now->relu2(*relu2, threads); }
+
+void whimbrel_matmul(const Matmul* matmul, int threads) { now->matmul(*matmul, threads); }
+
+void whimbrel_cross_entropy(const Entropy* entropy, int threads) { now->cross_entropy(*entropy, threads); }
 
 void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 

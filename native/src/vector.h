@@ -93,7 +93,10 @@ inline vec load(const float* from, int64_t n) {
     return v;
 }
 
-inline void store(float* to, vec v, int64_t n) { std::memcpy(to, &v, n >= lanes ? sizeof v : n * sizeof(float)); }
+inline void store(float* to, vec v, int64_t n) {
+    if (n >= lanes) return store(to, v);  // a size that the compiler does not know would be a call
+    std::memcpy(to, &v, n * sizeof(float));
+}
 
 // e^x within 2 units in the last place, without branches or calls. gcc does not make vector code of loops over the first one.
 inline float fast_exp(float x) {

@@ -31,10 +31,10 @@ struct ScanGradients {
 };
 
 // A causal depth-wise convolution with SiLU over T rows of I channels (row distance x_stride), cut into sequences.
-// weight [W, I]; bias may be null; initial and tail [S, W-1, I]; pre [T, I] keeps what SiLU was applied to.
+// weight [W, I], W at most 64; bias may be null; initial and tail [S, W-1, I].
 struct Conv {
     const float *x, *weight, *bias, *initial;
-    float *y, *pre, *tail;
+    float *y, *tail;
     const int64_t* offsets;  // [S + 1]
     int64_t sequences, channels, width, x_stride;
 };
@@ -64,6 +64,24 @@ struct Relu2 {
     const float *x, *dy;
     float* out;
     int64_t count;
+};
+
+// c [rows, columns] = a b, plus what stands there with `add`: a(r, k) = a[r * a_row + k * a_step], of which one is 1, b(k, n) =
+// b[k * b_step + n * b_column] alike.
+struct Matmul {
+    const float *a, *b;
+    float* c;
+    int64_t rows, columns, depth, a_row, a_step, b_step, b_column, c_row, add;
+};
+
+// loss [rows] = cross-entropy of logits [rows, columns]; a target below 0 is none. With `learn` the logits turn into their gradient
+// times up [rows] (null: 1).
+struct Entropy {
+    float* logits;
+    const int64_t* targets;
+    const float* up;
+    float* loss;
+    int64_t rows, columns, learn;
 };
 
 // A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
@@ -138,6 +156,8 @@ WHIMBREL_EXPORT void whimbrel_conv_backward(const Conv* conv, const ConvGradient
 WHIMBREL_EXPORT void whimbrel_gated_norm_forward(const GatedNorm* norm, int threads);
 WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const GatedNormGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_relu2(const Relu2* relu2, int threads);
+WHIMBREL_EXPORT void whimbrel_matmul(const Matmul* matmul, int threads);
+WHIMBREL_EXPORT void whimbrel_cross_entropy(const Entropy* entropy, int threads);
 WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);

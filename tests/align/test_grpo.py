@@ -23,7 +23,7 @@ from whimbrel.engine import Engine
 from whimbrel.errors import UserError
 from whimbrel.events import silent
 from whimbrel.model import LanguageModel
-from whimbrel.train.step import accumulate
+from whimbrel.train.step import accumulate, train_step
 
 SMALL = {"groups": 24, "group_size": 6, "max_tokens": 40, "device": "cpu"}
 
@@ -231,6 +231,45 @@ def test_several_updates_of_a_step_share_what_was_drawn(
     assert two.step(0, rows)["clipped"] > 0
     moved = [sum(group["step"].item() for group in made.optimizer.state.values()) for made in (one, two)]
     assert moved[1] == 2 * moved[0]
+
+
+def test_every_sample_is_learned_in_one_update_of_its_step(
+    trainer: Callable[..., Trainer], rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, learned = trainer(updates=2), []
+
+    def watched(model: LanguageModel, objective: Any, batches: list[Any], *rest: Any, **how: Any) -> Any:
+        learned.append(sum(len(batch.targets_R) for batch in batches))
+        return train_step(model, objective, batches, *rest, **how)
+
+    monkeypatch.setattr(grpo, "train_step", watched)
+    groups, _ = draw(made.settings, 0, rows, made.engine)
+    made.step(0, rows)
+    assert len(learned) == 2 and min(learned) > 0
+    assert sum(learned) == sum(len(sample.learned()) for group in groups for sample in group)
+
+
+def test_no_two_prompts_of_a_run_or_of_another_seed_are_drawn_with_the_same_numbers(
+    trainer: Callable[..., Trainer], rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, engine, seeds = settings(groups=3, group_size=2), trainer().engine, list[int]()
+    generate = engine.generate
+
+    def watched(prompts: Any, sampling: list[Any]) -> Any:
+        seeds.extend(one.seed for one in sampling)
+        return generate(prompts, sampling)
+
+    monkeypatch.setattr(engine, "generate", watched)
+    for how, step in ((said, 0), (said, 1), (replace(said, seed=1), 0)):
+        draw(how, step, rows, engine)
+    assert len(seeds) == len(set(seeds)) == 9
+
+
+def test_a_right_answer_that_was_cut_earns_nothing(trainer: Callable[..., Trainer], rows: list[dict[str, Any]]) -> None:
+    groups = drawn(settings(), trainer().engine, rows, 0)
+    right = [(row, answer) for group in groups for row, answer in group if reward(row, answer) == 1.0]
+    assert right
+    assert {reward(row, replace(answer, finish="length")) for row, answer in right} == {0.0}
 
 
 def test_the_stage_makes_right_answers_likelier(taught: dict[str, Path], tmp_path: Path) -> None:

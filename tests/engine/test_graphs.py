@@ -6,6 +6,7 @@ import torch
 from whimbrel import ops
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.graphs import DecodeGraphs, bucket
+from whimbrel.errors import UserError
 
 CUDA = torch.cuda.is_available()
 
@@ -80,6 +81,26 @@ def test_draws_do_not_depend_on_the_bucket(hybrid, tokenizer):
     assert mine.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
 
 
+SETTINGS = [
+    {},
+    {"temperature": 1.3},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 0.9, "top_k": 7, "min_p": 0.05},
+    {"temperature": 1.0, "min_p": 0.02},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2},
+]
+
+
+def test_a_batch_of_unlike_settings_draws_what_each_draws_alone_on_the_host(hybrid, tokenizer):
+    settings = [Sampling(max_tokens=12, seed=5, ignore_eos=True, **more) for more in SETTINGS]
+    prompts = [[70 + i, 80] for i in range(len(settings))]
+    engine = graphed(hybrid, tokenizer, max_sequences=6, kv_tokens=256)
+    together = [answer.ids for answer in engine.generate(prompts, settings)]
+    assert {key[2] for key in engine._graphs._steps} >= {(True, True)}
+    alone = Engine(hybrid, tokenizer, max_sequences=1, kv_tokens=64)
+    assert together == [next(alone.generate([p], s)).ids for p, s in zip(prompts, settings, strict=True)]
+
+
 def test_weights_that_moved_are_recorded_anew(make_model, hybrid, tokenizer):
     model = make_model(hybrid.config, 5)
     engine = graphed(model, tokenizer, max_sequences=2, kv_tokens=64)
@@ -92,3 +113,22 @@ def test_weights_that_moved_are_recorded_anew(make_model, hybrid, tokenizer):
     model.touch()
     next(engine.generate([[70]], Sampling(max_tokens=3)))
     assert all(engine._graphs._steps[key] is not step for key, step in before.items())
+
+
+def test_a_float16_state_answers_nearly_as_float32_whoever_shares_the_batch(hybrid, tokenizer):
+    sampling = Sampling(max_tokens=40, ignore_eos=True, logprobs=0)
+    settings = {"max_sequences": 3, "kv_tokens": 256, "state_dtype": "float16"}
+    engine = Engine(hybrid, tokenizer, **settings)
+    state = engine.start()._running().pool.state
+    assert {tensor.dtype for tensor in state.ssm.values()} == {torch.float16}
+    alone = next(engine.generate([[70, 80]], sampling))
+    together = list(Engine(hybrid, tokenizer, **settings).generate([[90], [70, 80], [75] * 9], sampling))
+    assert together[1].ids == alone.ids, "rounding belongs to position and layer, not to the slot"
+    exact = Engine(hybrid, tokenizer, max_sequences=1, kv_tokens=256).score([[70, 80]], [list(alone.ids)])[0]
+    gaps = (torch.tensor(alone.logprobs) - torch.tensor(exact)).abs()
+    assert 0 < gaps.max() < 0.05
+
+
+def test_a_state_dtype_that_cannot_be_names_what_works(hybrid, tokenizer):
+    with pytest.raises(UserError, match="state_dtype is 'bfloat16'; set state_dtype to float32 or float16"):
+        Engine(hybrid, tokenizer, state_dtype="bfloat16")

@@ -214,3 +214,17 @@ def test_serving_stays_within_the_plan(name: str) -> None:
     with torch.inference_mode(), ops.using("torch"):
         peak = allocated(serve)
     assert 0.85 * made.total_bytes < peak < made.total_bytes + 13 * chunk * context
+
+
+def test_a_float16_state_takes_half_the_bytes_that_the_pool_takes():
+    from whimbrel.model.state import State
+
+    config = preset("nemotron-nano-9b-v2")
+    wide, half = (
+        plan(config, memory=80 * 2**30, context=1024, batch=4, state_dtype=kind) for kind in ("float32", "float16")
+    )
+    held = State.empty(config, slots=4, blocks=0, dtype=torch.bfloat16, ssm_dtype=torch.float16, device="meta").bytes()
+    assert half.state_bytes == held["ssm"] + held["conv"]
+    assert wide.state_bytes - half.state_bytes == held["ssm"] == wide.total_bytes - half.total_bytes
+    assert wide.decode_bytes - half.decode_bytes == 2 * held["ssm"] // 4
+    assert "4 sequences, float16" in "\n".join(half.lines())

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from whimbrel.engine.sampler import Draw, sample, top_log_probs, uniform, uniforms
+from whimbrel.engine.sampler import Draw, draw, kinds, numbers, sample, top_log_probs, uniform, uniforms
 from whimbrel.engine.sampling import Sampling
 
 
@@ -54,6 +54,39 @@ def test_a_flat_row_over_many_tokens_is_truncated_exactly():
     drawn = sample(logits.expand(3000, -1), [Draw(sampling, 0, 0, position) for position in range(3000)])
     assert set(drawn) <= allowed
     assert min(drawn) < min(allowed) + 30, "the unlikely end of what is kept is drawn too"
+
+
+def test_draws_on_the_device_are_those_of_the_host():
+    """Every setting in one batch, greedy rows too; only where all V must be sorted the host is asked (-1)."""
+    mixed = [
+        Sampling(),
+        *SETTINGS,
+        Sampling(temperature=2.0, top_k=1500),
+        Sampling(temperature=0.4, top_p=0.99, seed=1),
+    ]
+    draws = [Draw(mixed[row % len(mixed)], row, 0, row) for row in range(900)]
+    logits = 3 * torch.randn(900, 3000, generator=torch.Generator().manual_seed(4))
+    assert kinds(draws) == (True, True)
+    mine, true = draw(logits, numbers(draws), True, True).tolist(), sample(logits, draws)
+    asked = [row for row, token in enumerate(mine) if token < 0]
+    assert [t for row, t in enumerate(mine) if row not in asked] == [
+        t for row, t in enumerate(true) if row not in asked
+    ]
+    assert asked and {mixed[row % len(mixed)].top_k for row in asked if row % len(mixed) == 7} == {1500}
+    assert not any(row % len(mixed) in (0, 1, 2, 4, 5) for row in asked), "whole rows and short lists never need it"
+    assert draw(logits, numbers(draws), False, False).equal(logits.argmax(-1)), "greedy is the likeliest, bit for bit"
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_frequencies_on_the_device_follow_the_definition(sampling):
+    """Chi-square against the definition: its 0.9999 quantile for 11 degrees of freedom is 37.4."""
+    logits, rows = 2 * torch.randn(12, generator=torch.Generator().manual_seed(1)), 4000
+    draws = [Draw(sampling, 11, 0, position) for position in range(rows)]
+    ids = draw(logits.expand(rows, -1), numbers(draws), *kinds(draws))
+    counts, wanted = torch.bincount(ids, minlength=12).double(), rows * expected(logits, sampling)
+    assert not counts[wanted == 0].any()
+    inside = wanted > 0
+    assert ((counts - wanted)[inside] ** 2 / wanted[inside]).sum() < 37.4
 
 
 def test_a_row_does_not_depend_on_its_mates():

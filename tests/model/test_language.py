@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,16 @@ def test_packed_equals_separate(config, lengths, seed):
     packed = model(tokens, Layout.of(lengths))
     alone = torch.cat([model(part, Layout.of([len(part)])) for part in tokens.split(lengths)])
     torch.testing.assert_close(packed, alone, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("slots", "laid"), [(4, True), (200, False)])
+def test_many_sequences_begin_in_small_pages(monkeypatch, slots, laid):
+    """A huge page of every tensor for the first token of each of 200 sequences would be gigabytes."""
+    seen = []
+    monkeypatch.setattr("whimbrel.model.state.huge", lambda tensor: seen.append(tensor) or tensor)
+    config = replace(DENSE, pattern="*-" * 8)
+    state = State.empty(config, slots=slots, blocks=8)
+    assert any(one is state.k[0] for one in seen) == laid
 
 
 def empty_state(config, slots, dtype=torch.float64):

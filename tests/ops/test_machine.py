@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 import time
+from pathlib import Path
 
+import pytest
 import torch
 
 from whimbrel.ops import machine
+from whimbrel.ops.memory import kept
 
 
 def test_bandwidth_and_peak_are_plausible_and_cached() -> None:
@@ -24,3 +29,23 @@ def test_a_floor_is_not_beaten_by_the_same_work() -> None:
     start = time.perf_counter()
     buffer.sum()
     assert buffer.nbytes / (time.perf_counter() - start) < 2 * machine.bandwidth()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this system has no glibc")
+def test_memory_is_kept_inside_and_given_back_after():
+    def touched() -> int:
+        """Pages touched for the first time while a large tensor is filled and freed."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    with kept():
+        touched()
+        with kept():  # what is already kept stays so
+            assert touched() < 100
+        assert touched() < 100
+    assert resident() - before < 32 << 20

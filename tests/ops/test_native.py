@@ -12,7 +12,7 @@ from instruction_sets import ISAS, gap, instruction_set
 
 from whimbrel import ops
 from whimbrel.ops import cpu, vectorised
-from whimbrel.ops.cpu import library
+from whimbrel.ops.cpu import library, matmul
 from whimbrel.ops.segments import Segments
 
 pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason="the native library is not built here")
@@ -213,3 +213,76 @@ def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(cpu, "load", lambda: (None, "it was not built"))
     assert ops.active()["ssd"] == "torch" and cpu.isa() is None
     assert torch.equal(ops.ssd(*row, segments)[0], vectorised.ssd(*row, segments)[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 90),
+    columns=st.integers(1, 90),
+    depth=st.one_of(st.integers(1, 90), st.integers(380, 900)),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
+def test_products(rows, columns, depth, turned, seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rows, depth, generator=g), torch.randn(depth, columns, generator=g)
+    a, b = (v.t().contiguous().t() if turn else v for v, turn in zip((a, b), turned, strict=True))
+    c = torch.randn(rows, columns + 3, generator=g)[:, :columns]
+    for isa in ISAS:
+        with instruction_set(isa):
+            added = matmul.product(a, b, c.clone(), add=True)
+            assert gap(added, c.double() + a.double() @ b.double()) < 2e-5, isa
+            again = matmul.product(a[rows // 2 :], b, torch.empty(rows - rows // 2, columns))
+            assert torch.equal(again, matmul.product(a, b, torch.empty(rows, columns))[rows // 2 :]), isa
+
+
+def test_large_projections_are_native_and_keep_their_gradients(monkeypatch):
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=g) for shape in ((50, 33), (70, 33), (70,))]
+    compare(lambda *v: [cpu.linear(*v)], lambda *v: [vectorised.linear(*v)], leaves)
+    x, weight, _ = (v.requires_grad_() for v in leaves)
+    name = "NativeLinearBackward" if cpu.isa() != "baseline" else "MmBackward0"
+    assert cpu.linear(x, weight).grad_fn.name() == name
+    assert cpu.linear(x[:, ::3], weight[:, ::3]).sum().backward() is None  # numbers that lie apart
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 20),
+    vocabulary=st.integers(2, 70),
+    chunk=st.integers(1, 50),
+    alike=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_cross_entropy(tokens, width, vocabulary, chunk, alike, seed):
+    g = torch.Generator().manual_seed(seed)
+    leaves = [torch.randn(tokens, width, generator=g), 3 * torch.randn(vocabulary, width, generator=g)]
+    targets = torch.randint(-1, vocabulary, (tokens,), generator=g)
+    targets[targets < 0] = -100
+
+    def run(form):  # rows that weigh alike, and rows that do not, take different ways back
+        def call(hidden, weight):
+            loss = form.cross_entropy(hidden, weight, targets, chunk)
+            return [loss.sum() * 0.3 if alike else loss]
+
+        return call
+
+    compare(run(cpu), run(vectorised), leaves, seed)
+    with torch.no_grad():
+        assert gap(cpu.cross_entropy(*leaves, targets, chunk), vectorised.cross_entropy(*leaves, targets, chunk)) < 2e-5
+
+
+def test_logits_that_are_large_or_infinite_keep_their_loss():
+    hidden, targets = torch.tensor([[1.0], [-1.0], [1.0]]), torch.tensor([0, 1, 2])
+    weight = torch.tensor([[3000.0], [-3000.0], [2999.0]])
+    assert cpu.cross_entropy(hidden, weight, targets).tolist() == pytest.approx(
+        vectorised.cross_entropy(hidden.double(), weight.double(), targets).tolist(), rel=1e-6
+    )
+    for isa in ISAS:
+        spoilt = torch.randn(40, 1)
+        spoilt[7] = float("nan")  # one logit of each row
+        with instruction_set(isa):
+            assert cpu.cross_entropy(hidden, spoilt, targets).isnan().all(), isa
+    assert not torch.isfinite(cpu.cross_entropy(hidden, weight * float("inf"), targets)).any()

@@ -174,3 +174,16 @@ def test_bfloat16_in_bfloat16_out_computed_in_float32():
     )
     assert y.dtype == torch.bfloat16 and final.dtype == torch.float32
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2**-8)
+
+
+def test_a_float16_state_is_rounded_in_proportion_in_torchs_form_too():
+    """An update of a tenth of float16's step above 1, four times: kept on average, lost by rounding to the nearest."""
+    heads, size, add = 4, 64, 1e-4
+    state = torch.ones(1, heads, 16, size, dtype=torch.float16)
+    one, vector, still = torch.ones(1, heads, 16), torch.ones(1, 1, size), torch.zeros(heads)
+    row = (one, torch.full((1, heads), add), still, vector, vector, still)
+    for count in range(1, 5):
+        vectorised.ssd_step(*row, state, torch.zeros(1, dtype=torch.int64), torch.tensor([count]))
+    assert set(state.double().unique().tolist()) <= {1 + k * 2**-10 for k in range(5)}
+    mean, spread = state.double().mean().item() - 1, (4 * add * 2**-10 / state.numel()) ** 0.5
+    assert abs(mean - 4 * add) < 5 * spread

@@ -21,7 +21,7 @@ from whimbrel.engine.graphs import DecodeGraphs
 from whimbrel.engine.memory import default_kv_tokens
 from whimbrel.engine.pool import Pool
 from whimbrel.engine.prompt import Prompt, read_prompt
-from whimbrel.engine.sampler import LogProb, sample, top_log_probs
+from whimbrel.engine.sampler import LogProb, on_device, sample, top_log_probs
 from whimbrel.engine.sampling import Sampling
 from whimbrel.engine.scheduler import Scheduler, Work
 from whimbrel.engine.score import score_pairs
@@ -47,7 +47,7 @@ class Engine:
 
     `max_sequences` run at once; `kv_tokens` tokens of keys and values for all of them (None: what the free memory
     allows, at most `max_sequences` full contexts) in blocks of `block_size`; `prefill_tokens` tokens of prompts in one
-    step.
+    step. `state_dtype`: float32, or float16, rounded at random (docs/gpu.md).
     """
 
     def __init__(
@@ -59,12 +59,16 @@ class Engine:
         kv_tokens: int | None = None,
         block_size: int = 16,
         prefill_tokens: int = 512,
+        state_dtype: str = "float32",
         report: Report = warn,
     ) -> None:
         sizes = {"max_sequences": max_sequences, "block_size": block_size, "prefill_tokens": prefill_tokens}
         for name, value in (sizes if kv_tokens is None else sizes | {"kv_tokens": kv_tokens}).items():
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1; set {name} to 16")
+        if state_dtype not in ("float32", "float16"):
+            raise UserError(f"state_dtype is {state_dtype!r}; set state_dtype to float32 or float16")
+        self.state_dtype = state_dtype
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={model.config.vocab_size}; "
@@ -94,7 +98,7 @@ class Engine:
     def _running(self) -> Scheduler:
         if self._scheduler is None:
             kv_tokens = self.kv_tokens or default_kv_tokens(
-                self.model.config, self.max_sequences, self.block_size, self.dtype, self.device
+                self.model.config, self.max_sequences, self.block_size, self.dtype, self.device, self.state_dtype
             )
             pool = Pool(
                 self.model.config,
@@ -104,6 +108,7 @@ class Engine:
                 dtype=self.dtype,
                 device=self.device,
                 spare=self.device.type == "cuda",
+                state_dtype=getattr(torch, self.state_dtype),
             )
             self._scheduler = Scheduler(pool, self.prefill_tokens)
             self._graphs = DecodeGraphs(self.model, pool) if self.device.type == "cuda" else None
@@ -188,17 +193,19 @@ class Engine:
 
     def _decode(self, running: list[Sequence], graphs: DecodeGraphs) -> list[Sequence]:
         """One more token of each running answer, on a GPU: nothing waits for the device but the ids themselves."""
-        logits_SV, best_S = graphs.step(running)
-        due = []
+        draws = [sequence.draw(self.model.config.vocab_size, self.device) for sequence in running]
+        logits_SV, ids_S = graphs.step(running, draws)
         for sequence in running:
             sequence.cached += 1
-            due += [sequence] if not sequence.pending else []
-        if len(due) < len(running):  # the others have more tokens to compute first
-            rows = [row for row, sequence in enumerate(running) if not sequence.pending]
-            logits_SV, best_S = logits_SV[rows], best_S[rows]
-        plain = all(s.sampling.temperature == 0 and s.sampling.repetition_penalty == 1.0 for s in due)
-        if due:
-            self._choose(logits_SV, due, best_S.tolist() if plain else None)
+        rows = [row for row, sequence in enumerate(running) if not sequence.pending]  # the others compute more first
+        if not rows:
+            return []
+        ids = ids_S.tolist()
+        left = [row for row in rows if ids[row] < 0 or not on_device(draws[row])]
+        for row, token in zip(left, sample(logits_SV[left], [draws[row] for row in left]) if left else [], strict=True):
+            ids[row] = token
+        due = [running[row] for row in rows]
+        self._choose(logits_SV if len(rows) == len(running) else logits_SV[rows], due, [ids[row] for row in rows])
         return due
 
     def _choose(self, logits_SV: torch.Tensor, due: list[Sequence], tokens: list[int] | None = None) -> None:

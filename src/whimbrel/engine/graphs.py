@@ -1,9 +1,10 @@
-"""Decoding steps on a GPU as recorded graphs: the host sends three short rows and starts one graph a token.
+"""Decoding steps on a GPU as recorded graphs: the host sends eight short rows and starts one graph a token.
 
 A step of 56 layers is hundreds of launches, and each costs the host microseconds. A graph is recorded once for each
-bucket of sequences and of context (powers of two) and reads everything that changes from tensors of its own: ids,
-slots, lengths and block tables. Rows that fill up a bucket write to a slot and a block that belong to nobody. On a CPU
-the same step runs unrecorded, which is how it is tested. S sequences, V vocabulary.
+bucket of sequences and of context (powers of two) and each kind of draw, and reads everything that changes from tensors
+of its own: ids, slots, lengths, block tables, and what the draws need. Rows that fill up a bucket write to a slot and a
+block that belong to nobody. On a CPU the same step runs unrecorded, which is how it is tested. S sequences, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.engine.pool import Pool
+from whimbrel.engine.sampler import Draw, draw, kinds, numbers
 from whimbrel.engine.sequence import Sequence
 from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
@@ -53,10 +55,13 @@ def record(work: Callable[[], T], memory: Any = None) -> tuple[Any, T]:
 class _Step:
     """One bucket: its tensors, and on a GPU the graph that reads them."""
 
-    def __init__(self, model: LanguageModel, pool: Pool, batch: int, width: int, memory: Any) -> None:
+    def __init__(
+        self, model: LanguageModel, pool: Pool, batch: int, width: int, drawn: tuple[bool, bool], memory: Any
+    ) -> None:
+        self.drawn = drawn
         self.model, self.pool, device = model, pool, pool.table.device
-        self.sent = torch.zeros(3, batch, dtype=torch.int64, pin_memory=device.type == "cuda")
-        """Ids, slots and lengths so far, on the host."""
+        self.sent = torch.zeros(8, batch, dtype=torch.int64, pin_memory=device.type == "cuda")
+        """Ids, slots, lengths so far, and the five numbers (float64) of each draw, on the host."""
         self.sent[1], self.sent[2] = pool.slots, 0
         self.here = self.sent.to(device)
         self.table = torch.full((batch, width), pool.blocks, dtype=torch.int64, device=device)
@@ -67,31 +72,33 @@ class _Step:
         self.graph: Any = None
         if device.type == "cuda":
             self.copied = torch.cuda.Event()
-            self.graph, (self.logits_SV, self.best_S) = record(self._compute, memory)  # only rows of nobody are written
+            self.graph, (self.logits_SV, self.ids_S) = record(self._compute, memory)  # only rows of nobody are written
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         self.layout._derived.clear()  # what is derived from lengths and tables belongs to the graph
         torch.index_select(self.pool.table, 0, self.here[1], out=self.whole)
         self.table.copy_(self.whole[:, : self.table.shape[1]])
         logits_SV = self.model.head(self.model(self.here[0], self.layout, self.pool.state))
-        return logits_SV, logits_SV.argmax(-1)
+        return logits_SV, draw(logits_SV, self.here[3:].view(torch.float64), *self.drawn)
 
-    def run(self, tokens: Rows[int], slots: Rows[int], past: Rows[int]) -> tuple[Tensor, Tensor]:
-        """Logits [S, V] and the likeliest ids [S] of these sequences, valid until the next step."""
+    def run(self, tokens: Rows[int], slots: Rows[int], past: Rows[int], draws: Rows[Draw]) -> tuple[Tensor, Tensor]:
+        """Logits [S, V] and the ids [S] drawn for these sequences, valid until the next step."""
         count = len(tokens)
         if self.graph is not None:
             self.copied.synchronize()  # of the step before: long over, unless nobody waited for its ids
         self.sent[1], self.sent[2] = self.pool.slots, 0
-        self.sent[:, :count] = torch.tensor([list(tokens), list(slots), list(past)])
+        self.sent[:3, :count] = torch.tensor([list(tokens), list(slots), list(past)])
+        if any(self.drawn):
+            self.sent[3:, :count] = numbers(draws).contiguous().view(torch.int64)
         self.here.copy_(self.sent, non_blocking=True)
         if self.graph is None:
             self.layout = replace(self.layout, past=tuple(self.sent[2].tolist()), _derived={})
-            logits_SV, best_S = self._compute()
+            logits_SV, ids_S = self._compute()
         else:
             self.copied.record()
             self.graph.replay()
-            logits_SV, best_S = self.logits_SV, self.best_S
-        return logits_SV[:count], best_S[:count]
+            logits_SV, ids_S = self.logits_SV, self.ids_S
+        return logits_SV[:count], ids_S[:count]
 
 
 class DecodeGraphs:
@@ -99,23 +106,26 @@ class DecodeGraphs:
 
     def __init__(self, model: LanguageModel, pool: Pool) -> None:
         self.model, self.pool = model, pool
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._steps: dict[tuple[int, int, tuple[bool, bool]], _Step] = {}
         self._memory = torch.cuda.graph_pool_handle() if pool.table.device.type == "cuda" else None
         self._addresses: tuple[int, list[int]] = (-1, [])
 
-    def step(self, sequences: Rows[Sequence]) -> tuple[Tensor, Tensor]:
-        """Logits [S, V] and likeliest ids [S] after the next token of each sequence that the pool does not have yet."""
+    def step(self, sequences: Rows[Sequence], draws: Rows[Draw]) -> tuple[Tensor, Tensor]:
+        """Logits [S, V] and ids [S] after the next token of each sequence that the pool does not have yet; -1 and rows
+        with a repetition penalty are the host's to draw.
+        """
         self._forget_if_moved()
         blocks = max((len(sequence.blocks) for sequence in sequences), default=0)
         key = (
             bucket(len(sequences), 1, self.pool.slots),
             bucket(blocks, LEAST_BLOCKS, self.pool.table.shape[1]),
+            kinds(draws),
         )
         if key not in self._steps:
             self._steps[key] = _Step(self.model, self.pool, *key, self._memory)
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         last, past = [s.tokens[s.cached] for s in sequences], [s.cached for s in sequences]
-        return self._steps[key].run(last, slots, past)
+        return self._steps[key].run(last, slots, past, draws)
 
     def _forget_if_moved(self) -> None:
         """Graphs hold the addresses of weights: where weights lie elsewhere now, they are recorded anew."""

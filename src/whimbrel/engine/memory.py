@@ -27,7 +27,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def default_kv_tokens(
-    config: ModelConfig, sequences: int, block_size: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    sequences: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    state_dtype: str = "float32",
 ) -> int:
     """Room for `sequences` full contexts, or for what a share of the free memory holds beside the recurrent states."""
     wanted = sequences * -(-config.max_position_embeddings // block_size) * block_size
@@ -35,5 +40,5 @@ def default_kv_tokens(
     per_token = count.kv_bytes(config, 1, dtype=name)
     if not per_token:
         return wanted
-    room = free_memory(device) * _SHARE.get(device.type, 0.5) - count.state_bytes(config, sequences, name)
+    room = free_memory(device) * _SHARE.get(device.type, 0.5) - count.state_bytes(config, sequences, name, state_dtype)
     return max(min(wanted, int(room // per_token)), block_size)

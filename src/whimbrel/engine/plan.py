@@ -27,6 +27,7 @@ class Plan:
     parameters: int
     dtype: str
     kv_dtype: str
+    state_dtype: str
     memory: int
     context: int
     batch: int
@@ -34,7 +35,7 @@ class Plan:
     kv_bytes: int
     """Keys and values of `batch` full contexts, in whole blocks."""
     state_bytes: int
-    """Recurrent state (float32) and convolution tails of `batch` sequences."""
+    """Recurrent state (`state_dtype`) and convolution tails of `batch` sequences."""
     activation_bytes: int
     """Temporary tensors of one chunk of a prompt at the end of the context."""
     buffer_bytes: int
@@ -86,6 +87,7 @@ def plan(
     peak: float | None = None,
     reserve: int = 0,
     prefill_tokens: int = 512,
+    state_dtype: str = "float32",
     name: str = "model",
 ) -> Plan:
     """Plan to serve `batch` sequences of `context` tokens in `memory` bytes.
@@ -103,9 +105,8 @@ def plan(
             works = {"memory": "22GiB", "context": min(8192, config.max_position_embeddings)}.get(setting, 1)
             raise UserError(f"{setting} is {value}; set {setting} to 1 or more, for example {works}")
     kv_dtype = kv_dtype or dtype
-    need = _Need(config, dtype, kv_dtype, prefill_tokens, reserve)
-    total = need.fixed(context) + batch * need.sequence(context)
-    room = max(0, memory - need.fixed(context))
+    need = _Need(config, dtype, kv_dtype, prefill_tokens, reserve, state_dtype)
+    total, room = need.fixed(context) + batch * need.sequence(context), max(0, memory - need.fixed(context))
     largest = room // need.sequence(context)
     return Plan(
         model=name,
@@ -113,12 +114,13 @@ def plan(
         parameters=count.total(config),
         dtype=dtype,
         kv_dtype=kv_dtype,
+        state_dtype=state_dtype,
         memory=memory,
         context=context,
         batch=batch,
         weights_bytes=need.weights,
         kv_bytes=batch * need.kv(context),
-        state_bytes=count.state_bytes(config, batch, dtype),
+        state_bytes=count.state_bytes(config, batch, dtype, state_dtype),
         activation_bytes=need.activations(context),
         buffer_bytes=batch * count.step_bytes(config, dtype),
         reserve_bytes=reserve,
@@ -136,14 +138,18 @@ def plan(
 
 def serving_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: str = "bfloat16") -> int:
     """`total_bytes` of a plan with nothing kept free, for those who look at thousands of shapes."""
-    need = _Need(config, dtype, dtype, 512, 0)
+    need = _Need(config, dtype, dtype, 512, 0, "float32")
     return need.fixed(context) + batch * need.sequence(context)
 
 
 def _floor(need: _Need, context: int, largest: int, bandwidth: float | None, peak: float | None) -> dict[str, Any]:
     """The fields of a plan that are about speed."""
-    alone = count.decode_bytes(need.config, context, 1, need.dtype, need.kv_dtype)
-    together = count.decode_bytes(need.config, context, largest, need.dtype, need.kv_dtype) if largest else {}
+    alone = count.decode_bytes(need.config, context, 1, need.dtype, need.kv_dtype, need.state_dtype)
+    together = (
+        count.decode_bytes(need.config, context, largest, need.dtype, need.kv_dtype, need.state_dtype)
+        if largest
+        else {}
+    )
     one, all_ = sum(alone.values()), sum(together.values())
     flops, prompt = count.flops_per_token(need.config, context), prompt_flops(need.config, context)
     read = -(-context // need.prefill_tokens) * alone["weights"]
@@ -166,6 +172,7 @@ class _Need:
     kv_dtype: str
     prefill_tokens: int
     reserve: int
+    state_dtype: str
 
     @property
     def weights(self) -> int:
@@ -181,7 +188,7 @@ class _Need:
         return count.kv_bytes(self.config, -(-context // BLOCK) * BLOCK, 1, self.kv_dtype)
 
     def sequence(self, context: int) -> int:
-        state = count.state_bytes(self.config, 1, self.dtype)
+        state = count.state_bytes(self.config, 1, self.dtype, self.state_dtype)
         return self.kv(context) + state + count.step_bytes(self.config, self.dtype)
 
     def largest_context(self, memory: int) -> int | None:
@@ -237,7 +244,7 @@ def _sizes(plan: Plan) -> list[str]:
     rows = [
         ("weights", plan.weights_bytes, plan.dtype),
         ("keys and values", plan.kv_bytes, f"{plan.context:,} tokens for {sequences}, {plan.kv_dtype}"),
-        ("recurrent state", plan.state_bytes, f"{sequences}, float32"),
+        ("recurrent state", plan.state_bytes, f"{sequences}, {plan.state_dtype}"),
         ("activations", plan.activation_bytes, "while a prompt is read"),
         ("buffers", plan.buffer_bytes, "of a decoding step"),
         ("reserve", plan.reserve_bytes, "kept free"),

@@ -32,12 +32,19 @@ class Pool:
         dtype: torch.dtype,
         device: torch.device,
         spare: bool = False,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.block_size = block_size
         self.attends = ATTENTION in config.pattern
         count = -(-kv_tokens // block_size) if self.attends else 0
         self.state = State.empty(
-            config, slots=slots + spare, blocks=count + spare, block_size=block_size, dtype=dtype, device=device
+            config,
+            slots=slots + spare,
+            blocks=count + spare,
+            block_size=block_size,
+            dtype=dtype,
+            ssm_dtype=state_dtype,
+            device=device,
         )
         self.version: int | None = None
         """Version of the weights that computed what the pool holds."""

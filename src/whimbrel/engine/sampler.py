@@ -7,6 +7,7 @@ the device's random generator. Letters: S rows, V vocabulary, W candidates kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -114,52 +115,96 @@ def _greedy(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
 
 def _whole(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     """Draw from the whole vocabulary (after min_p, which needs no order)."""
-    probs_SV = _probabilities(logits_SV, draws)
-    if any(draw.sampling.min_p for draw in draws):
-        floor_S1 = _column([draw.sampling.min_p for draw in draws], probs_SV) * probs_SV.amax(-1, keepdim=True)
-        probs_SV = probs_SV.masked_fill(probs_SV < floor_S1, 0.0)
-    return _invert(probs_SV, draws).squeeze(-1).tolist()
+    _, _, _, min_p_S1, share_S1 = _columns(numbers(draws).to(logits_SV.device))
+    return _uncut(_probabilities(logits_SV, draws), min_p_S1, share_S1).tolist()
 
 
 def _truncated(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     """Draw after top_k, then top_p on what remains, then min_p. Sorts all V only where the likeliest do not suffice."""
-    vocabulary = logits_SV.shape[-1]
-    limits = [draw.sampling.top_k or vocabulary for draw in draws]
+    settings_5S = numbers(draws).to(logits_SV.device)
     probs_SV = _probabilities(logits_SV, draws)
-    width = min(vocabulary, _CANDIDATES)
-    top_SW, ids_SW = probs_SV.topk(width)
-    shares = top_SW.sum(-1).tolist()
-    enough = [
-        limit <= width or share >= draw.sampling.top_p for limit, share, draw in zip(limits, shares, draws, strict=True)
-    ]
-    if not all(enough):
+    top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], _CANDIDATES))
+    if not _suffice(top_SW, probs_SV.shape[-1], settings_5S).all():
         top_SW, ids_SW = probs_SV.sort(stable=True, dim=-1, descending=True)
-        width = vocabulary
-    rank_W = torch.arange(width, device=logits_SV.device)
-    inside_SW = rank_W < torch.tensor(limits, device=logits_SV.device)[:, None]
-    kept_SW = top_SW * inside_SW
-    total_S1 = torch.where(
-        _column(limits, top_SW) < width, kept_SW.sum(-1, keepdim=True), torch.ones_like(top_SW[:, :1])
-    )
+    return _cut(top_SW, ids_SW, settings_5S).tolist()
+
+
+def numbers(draws: Rows[Draw]) -> Tensor:
+    """[5, S] float64 on the host, all that `draw` needs: temperature, top_p, top_k (infinite: off), min_p, and the
+    uniform number of the draw.
+    """
+    rows = [(d.sampling.temperature, d.sampling.top_p, d.sampling.top_k or math.inf, d.sampling.min_p) for d in draws]
+    pairs = zip(rows, uniforms(draws), strict=True)
+    return torch.tensor([(*row, share) for row, share in pairs], dtype=torch.float64).t()
+
+
+def kinds(draws: Rows[Draw]) -> tuple[bool, bool]:
+    """Is any row drawn from the whole vocabulary, and any after a truncation?"""
+    hot = [_truncates(draw.sampling) for draw in draws if on_device(draw) and draw.sampling.temperature != 0]
+    return not all(hot), any(hot)
+
+
+def on_device(draw: Draw) -> bool:
+    """Can `draw` take this row? A repetition penalty looks at tokens that only the host keeps."""
+    return draw.sampling.repetition_penalty == 1.0
+
+
+def draw(logits_SV: Tensor, settings_5S: Tensor, whole: bool, truncated: bool) -> Tensor:
+    """[S] the ids that `sample` takes, without a word to the host: -1 where it would have to sort all of V.
+
+    whole, truncated: as `kinds` says; what it does not name is not computed.
+    """
+    best_S = logits_SV.argmax(-1)
+    if not whole and not truncated:
+        return best_S
+    temperature_S1, top_p_S1, limit_S1, min_p_S1, share_S1 = _columns(settings_5S)
+    heat_S1 = torch.where(temperature_S1 == 0, 1.0, temperature_S1)
+    probs_SV = (logits_SV.double() / heat_S1).softmax(-1)
+    ids_S = _uncut(probs_SV, min_p_S1, share_S1) if whole else best_S
+    if truncated:
+        top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], _CANDIDATES))
+        enough_S = _suffice(top_SW, probs_SV.shape[-1], settings_5S)
+        cut_S = torch.where(enough_S, _cut(top_SW, ids_SW, settings_5S), -1)
+        ids_S = torch.where(((top_p_S1 < 1) | limit_S1.isfinite())[:, 0], cut_S, ids_S)
+    return torch.where(temperature_S1[:, 0] == 0, best_S, ids_S)
+
+
+def _columns(settings_5S: Tensor) -> tuple[Tensor, ...]:
+    """Each setting as [S, 1]."""
+    return tuple(settings_5S[:, :, None].unbind(0))
+
+
+def _suffice(top_SW: Tensor, vocabulary: int, settings_5S: Tensor) -> Tensor:
+    """[S] bool: do the likeliest W hold all that top_k and top_p keep?"""
+    _, top_p_S, limit_S, _, _ = settings_5S.unbind(0)
+    return (limit_S.clamp(max=vocabulary) <= top_SW.shape[-1]) | (top_SW.sum(-1) >= top_p_S)
+
+
+def _uncut(probs_SV: Tensor, min_p_S1: Tensor, share_S1: Tensor) -> Tensor:
+    floor_S1 = min_p_S1 * probs_SV.amax(-1, keepdim=True)
+    return _invert(probs_SV.masked_fill(probs_SV < floor_S1, 0.0), share_S1)[:, 0]
+
+
+def _cut(top_SW: Tensor, ids_SW: Tensor, settings_5S: Tensor) -> Tensor:
+    """[S] ids drawn from the likeliest W, which are in order."""
+    _, top_p_S1, limit_S1, min_p_S1, share_S1 = _columns(settings_5S)
+    width = top_SW.shape[-1]
+    kept_SW = top_SW * (torch.arange(width, device=top_SW.device) < limit_S1)
+    total_S1 = torch.where(limit_S1 < width, kept_SW.sum(-1, keepdim=True), torch.ones_like(top_SW[:, :1]))
     before_SW = kept_SW.cumsum(-1) - kept_SW
-    kept_SW = kept_SW * (before_SW < _column([draw.sampling.top_p for draw in draws], top_SW) * total_S1)
-    kept_SW = kept_SW * (kept_SW >= _column([draw.sampling.min_p for draw in draws], top_SW) * top_SW[:, :1])
-    return ids_SW.gather(-1, _invert(kept_SW, draws)).squeeze(-1).tolist()
+    kept_SW = kept_SW * (before_SW < top_p_S1 * total_S1)
+    kept_SW = kept_SW * (kept_SW >= min_p_S1 * top_SW[:, :1])
+    return ids_SW.gather(-1, _invert(kept_SW, share_S1))[:, 0]
 
 
 def _probabilities(logits_SV: Tensor, draws: Rows[Draw]) -> Tensor:
     """Softmax at each row's temperature; in float64, so that a sum over V leaves no rounding a draw could fall in."""
-    return (logits_SV.double() / _column([draw.sampling.temperature for draw in draws], logits_SV).double()).softmax(-1)
+    return (logits_SV.double() / _columns(numbers(draws).to(logits_SV.device))[0]).softmax(-1)
 
 
-def _invert(weights_SW: Tensor, draws: Rows[Draw]) -> Tensor:
+def _invert(weights_SW: Tensor, share_S1: Tensor) -> Tensor:
     """[S, 1] index at which each row's cumulative weight first exceeds its uniform share of the total."""
     cumulative_SW = weights_SW.cumsum(-1)
-    share_S1 = _column(uniforms(draws), weights_SW)
     index_S1 = torch.searchsorted(cumulative_SW, share_S1 * cumulative_SW[:, -1:], right=True)
     last_S1 = (weights_SW > 0).to(torch.int8).flip(-1).argmax(-1, keepdim=True)
     return index_S1.minimum(weights_SW.shape[-1] - 1 - last_S1)
-
-
-def _column(values: Rows[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

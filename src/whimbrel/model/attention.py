@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from whimbrel import ops
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.layout import Layout
+from whimbrel.model.linear import Linear
 from whimbrel.model.state import State
 
 
@@ -23,10 +24,10 @@ class Attention(nn.Module):
         self.config = config
         width, wide = config.hidden_size, config.num_attention_heads * config.head_dim
         narrow, bias = config.num_key_value_heads * config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(width, wide, bias, device, dtype)
-        self.k_proj = nn.Linear(width, narrow, bias, device, dtype)
-        self.v_proj = nn.Linear(width, narrow, bias, device, dtype)
-        self.o_proj = nn.Linear(wide, width, bias, device, dtype)
+        self.q_proj = Linear(width, wide, bias, device, dtype)
+        self.k_proj = Linear(width, narrow, bias, device, dtype)
+        self.v_proj = Linear(width, narrow, bias, device, dtype)
+        self.o_proj = Linear(wide, width, bias, device, dtype)
         if config.qk_norm:
             self.q_norm_weight = nn.Parameter(torch.ones(config.head_dim, device=device, dtype=dtype))
             self.k_norm_weight = nn.Parameter(torch.ones(config.head_dim, device=device, dtype=dtype))

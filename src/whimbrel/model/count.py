@@ -91,12 +91,14 @@ def kv_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: str = "bf
     return 2 * _keys(config) * config.count(ATTENTION) * context * batch * dtype_bytes(dtype, "kv_dtype")
 
 
-def state_bytes(config: ModelConfig, batch: int = 1, dtype: str = "bfloat16") -> int:
-    """Bytes of recurrent state: HPN float32 (SSM) and I(W-1) of `dtype` (convolution tail) a sequence and `M` layer.
+def state_bytes(config: ModelConfig, batch: int = 1, dtype: str = "bfloat16", state_dtype: str = "float32") -> int:
+    """Bytes of recurrent state: HPN `state_dtype` (SSM) and I(W-1) of `dtype` (convolution tail) a sequence
+    and `M` layer.
 
-    It does not depend on the context. float32 because the state sums over the whole past: half precision drifts.
+    It does not depend on the context. float32 because the state sums over the whole past: half precision drifts, unless
+    it is rounded at random.
     """
-    ssm = config.mamba_inner * config.ssm_state_size * FLOAT32
+    ssm = config.mamba_inner * config.ssm_state_size * dtype_bytes(state_dtype, "state_dtype")
     tail = config.conv_channels * (config.conv_kernel - 1) * dtype_bytes(dtype)
     return config.count(MAMBA) * batch * (ssm + tail)
 
@@ -141,7 +143,12 @@ def mean_context(lengths: Sequence[int]) -> float:
 
 
 def decode_bytes(
-    config: ModelConfig, context: int, batch: int = 1, dtype: str = "bfloat16", kv_dtype: str | None = None
+    config: ModelConfig,
+    context: int,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    kv_dtype: str | None = None,
+    state_dtype: str = "float32",
 ) -> dict[str, int]:
     """Bytes that must move to make one more token of each of `batch` sequences that hold `context` tokens.
 
@@ -154,7 +161,7 @@ def decode_bytes(
     return {
         "weights": weights_bytes(config, dtype) - table + batch * config.hidden_size * size,
         "kv": kv_bytes(config, context + 1, batch, kv_dtype or dtype),
-        "state": 2 * state_bytes(config, batch, dtype),
+        "state": 2 * state_bytes(config, batch, dtype, state_dtype),
     }
 
 

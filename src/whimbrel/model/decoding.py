@@ -15,7 +15,7 @@ from whimbrel import ops
 from whimbrel.model.attention import Attention
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.layout import Layout
-from whimbrel.model.linear import PackedEmbedding, PackedLinear, PackedWeight
+from whimbrel.model.linear import Linear, PackedEmbedding, PackedLinear, PackedWeight
 from whimbrel.model.mamba2 import Mamba2
 from whimbrel.model.mlp import MLP
 from whimbrel.model.norm import LayerNorm1P, RMSNorm
@@ -127,12 +127,12 @@ class Decoder:
         for place, name in zip(("first", "second", "third", "last"), projections, strict=True):
             if name in mixer._modules:
                 projection = self._module(mixer, name)
-                matrix = self._matrix(projection, (nn.Linear, PackedLinear))
+                matrix = self._matrix(projection, (nn.Linear, Linear, PackedLinear))
                 setattr(described, place, Projection(matrix, self._address(projection._parameters, "bias")))
         for name, place in own.items():
             setattr(described, place, self._address(mixer._parameters, name))
 
-    def _matrix(self, module: nn.Module, kinds: tuple[type, type]) -> Matrix:
+    def _matrix(self, module: nn.Module, kinds: tuple[type, ...]) -> Matrix:
         if type(module) not in kinds:
             raise _ForeignError
         weight: Any = module._parameters.get("weight")

@@ -17,6 +17,14 @@ from whimbrel.ops import packed
 from whimbrel.ops.packed import Packed
 
 
+class Linear(nn.Linear):
+    """A projection of floats; its product is one of `ops`."""
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O]."""
+        return ops.linear(x_TI, self.weight, self.bias)
+
+
 class PackedWeight(nn.Module):
     """Stands where a weight parameter stood; `value` is what `ops` takes. The arithmetic is float32."""
 

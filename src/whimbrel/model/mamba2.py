@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from whimbrel import ops
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.layout import Layout
+from whimbrel.model.linear import Linear
 from whimbrel.model.state import State
 
 
@@ -24,7 +25,7 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         heads, inner = config.mamba_num_heads, config.mamba_inner
-        self.in_proj = nn.Linear(config.hidden_size, config.in_proj_width, config.mamba_bias, device, dtype)
+        self.in_proj = Linear(config.hidden_size, config.in_proj_width, config.mamba_bias, device, dtype)
         self.conv_weight = nn.Parameter(
             torch.empty(config.conv_channels, config.conv_kernel, device=device, dtype=dtype)
         )
@@ -35,7 +36,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(heads, device=device, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.zeros(heads, device=device, dtype=torch.float32))
         self.norm_weight = nn.Parameter(torch.ones(inner, device=device, dtype=dtype))
-        self.out_proj = nn.Linear(inner, config.hidden_size, config.mamba_bias, device, dtype)
+        self.out_proj = Linear(inner, config.hidden_size, config.mamba_bias, device, dtype)
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
         """[T, D] -> [T, D]. With a state, each sequence continues from its slot (from zero if it has no past) and
@@ -70,7 +71,12 @@ class Mamba2(nn.Module):
         slots_S = layout.slots[: layout.decodes]
         xbc_SI = ops.conv_step(xbc_SI, self.conv_weight, self.conv_bias, state.conv[layer], slots_S)
         x_SHP, b_SGN, c_SGN = self._split(xbc_SI)
-        return ops.ssd_step(x_SHP, dt_SH, -self.A_log.exp(), b_SGN, c_SGN, self.D, state.ssm[layer], slots_S).flatten(1)
+        more = {}
+        if state.ssm[layer].dtype == torch.float16:
+            # Of the position and the layer: neither slot nor batch mates change how a state is rounded.
+            more = {"seed": layout.key_counts()[: layout.decodes] * 4096 + layer}
+        a_H = -self.A_log.exp()
+        return ops.ssd_step(x_SHP, dt_SH, a_H, b_SGN, c_SGN, self.D, state.ssm[layer], slots_S, **more).flatten(1)
 
     def _scan(self, xbc_TI: Tensor, dt_TH: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
         rest = layout.segments.rest(layout.decodes)
@@ -83,7 +89,9 @@ class Mamba2(nn.Module):
                 # Filled, not multiplied: what another sequence left in the slot may be infinite.
                 fresh_S = torch.tensor([p == 0 for p in past], device=xbc_TI.device)
                 tail = state.conv[layer][slots_S].masked_fill_(fresh_S[:, None, None], 0)
-                initial = state.ssm[layer][slots_S].masked_fill_(fresh_S[:, None, None, None], 0)
+                held = state.ssm[layer][slots_S]
+                held = held.float() if held.dtype == torch.float16 else held
+                initial = held.masked_fill_(fresh_S[:, None, None, None], 0)
         else:
             tail = layout.exchange.halo(xbc_TI, self.config.conv_kernel - 1, rest.count)
         xbc_TI, tail = ops.conv(xbc_TI, self.conv_weight, self.conv_bias, rest, tail)
@@ -94,5 +102,7 @@ class Mamba2(nn.Module):
         y_THP, final, _ = ops.ssd(x_THP, dt_TH, a_H, b_TGN, c_TGN, self.D, rest, initial)
         if state is not None and slots_S is not None:
             state.conv[layer][slots_S] = tail.to(state.conv[layer].dtype)
-            state.ssm[layer][slots_S] = final.to(state.ssm[layer].dtype)
+            kind = state.ssm[layer].dtype
+            final = final.clamp(-65504.0, 65504.0) if kind == torch.float16 else final
+            state.ssm[layer][slots_S] = final.to(kind)
         return y_THP.flatten(1)

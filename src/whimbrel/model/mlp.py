@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from whimbrel import ops
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.layout import Layout
+from whimbrel.model.linear import Linear
 from whimbrel.model.state import State
 
 
@@ -18,10 +19,10 @@ class MLP(nn.Module):
         super().__init__()
         wide, bias = config.intermediate_size, config.mlp_bias
         if config.mlp == "swiglu":
-            self.gate_proj = nn.Linear(config.hidden_size, wide, bias, device, dtype)
+            self.gate_proj = Linear(config.hidden_size, wide, bias, device, dtype)
         self.gated = config.mlp == "swiglu"
-        self.up_proj = nn.Linear(config.hidden_size, wide, bias, device, dtype)
-        self.down_proj = nn.Linear(wide, config.hidden_size, bias, device, dtype)
+        self.up_proj = Linear(config.hidden_size, wide, bias, device, dtype)
+        self.down_proj = Linear(wide, config.hidden_size, bias, device, dtype)
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
         """[T, D] -> [T, D]; every token by itself, so layout and state are not looked at."""

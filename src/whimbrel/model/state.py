@@ -13,17 +13,22 @@ import torch
 from torch import Tensor
 
 from whimbrel.model.config import ATTENTION, MAMBA, ModelConfig
-from whimbrel.ops.memory import huge
+from whimbrel.ops.memory import HUGE, huge
+
+AMPLE = 1 << 30
+"""Bytes that the first tokens of all sequences may take in huge pages: one page of every tensor each."""
 
 
 @dataclass(eq=False)
 class State:
-    """The memory of all sequences, one tensor a layer. The SSM state is float32 whatever the model's dtype."""
+    """The memory of all sequences, one tensor a layer. The SSM state is float32 whatever the model's dtype, or
+    float16, rounded at random as it advances.
+    """
 
     conv: dict[int, Tensor]
     """Layer -> tail_SI(W-1): the last inputs of the convolution, oldest first. Channels are neighbours in memory."""
     ssm: dict[int, Tensor]
-    """Layer -> state_SHPN, float32."""
+    """Layer -> state_SHPN, float32 or float16."""
     k: dict[int, Tensor]
     """Layer -> [blocks, block size, K, E]."""
     v: dict[int, Tensor]
@@ -39,6 +44,7 @@ class State:
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype | None = None,
+        ssm_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> State:
         """Room for `slots` recurrent states (zeros) and `blocks` blocks of `block_size` tokens (any values) in
@@ -48,12 +54,19 @@ class State:
         state = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         block = (blocks, block_size, config.num_key_value_heads, config.head_dim)
         mamba, attention = config.indices(MAMBA), config.indices(ATTENTION)
+        # Each sequence of a pool begins in a part of its own: its first token takes a page of every tensor.
+        far = 2 * len(attention) * slots * HUGE > AMPLE
+
+        def room() -> Tensor:
+            some = torch.empty(block, dtype=kv_dtype or dtype, device=device)
+            return some if far else huge(some)
+
         return cls(
             conv={i: huge(torch.zeros(tail, dtype=dtype, device=device)).transpose(1, 2) for i in mamba},
-            ssm={i: huge(torch.zeros(state, dtype=torch.float32, device=device)) for i in mamba},
+            ssm={i: huge(torch.zeros(state, dtype=ssm_dtype, device=device)) for i in mamba},
             # Not filled: a place is written before it is read, and on a CPU untouched pages cost nothing.
-            k={i: huge(torch.empty(block, dtype=kv_dtype or dtype, device=device)) for i in attention},
-            v={i: huge(torch.empty(block, dtype=kv_dtype or dtype, device=device)) for i in attention},
+            k={i: room() for i in attention},
+            v={i: room() for i in attention},
             block_size=block_size,
         )
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,3 +45,33 @@ def settled(tensor: Tensor) -> Tensor:
 def fresh(*shape: int) -> Tensor:
     """An unset float32 tensor on the CPU, in huge pages if it is large."""
     return huge(torch.empty(*shape))
+
+
+_TRIM, _MAPPED = -1, -4
+"""`mallopt`: how much free memory at the end of the heap is given back; how many blocks may be mapped by themselves."""
+_keeping = False
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Inside, memory that is freed stays with the process, in huge pages, and is given back to the system at the end.
+
+    A training step frees what it took, gigabytes of it, and the next one takes it again: as pages of 4 KiB that was a
+    fifth of a step (docs/train.md). Only glibc on Linux has these wishes; elsewhere nothing changes.
+    """
+    global _keeping
+    if _keeping or sys.platform != "linux" or not hasattr(_libc(), "mallopt") or not hasattr(_libc(), "malloc_trim"):
+        yield
+        return
+    _keeping = True
+    _libc().mallopt(_MAPPED, 0)
+    _libc().mallopt(_TRIM, -1)
+    try:
+        # The heap grows once, untouched, and is marked; what is taken from now on lies in the part that is marked.
+        huge(torch.empty(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, dtype=torch.uint8))
+        yield
+    finally:
+        _keeping = False
+        _libc().mallopt(_MAPPED, 65536)
+        _libc().mallopt(_TRIM, 128 << 10)
+        _libc().malloc_trim(0)

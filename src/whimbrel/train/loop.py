@@ -22,6 +22,7 @@ import torch
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
 from whimbrel.model.language import LanguageModel
+from whimbrel.ops.memory import kept
 from whimbrel.parallel import Axes, Share, applied
 from whimbrel.parallel.context import piece_of
 from whimbrel.parallel.mesh import ALONE
@@ -180,8 +181,12 @@ def train(
 
 
 def _enter(stack: ExitStack, settings: TrainSettings, model: LanguageModel) -> tuple[Wish, Share]:
-    """What holds while a run lasts: signals are wishes, linear maps compute in FP8, the model lies on its processes."""
+    """What holds while a run lasts: signals are wishes, a CPU keeps its memory, linear maps compute in FP8, the model
+    lies on its processes.
+    """
     wish = stack.enter_context(stop_politely())
+    if model.device.type == "cpu":
+        stack.enter_context(kept())
     stack.enter_context(converted(model, settings.fp8))
     return wish, stack.enter_context(applied(model, settings.parallel, recompute=settings.recompute))
 

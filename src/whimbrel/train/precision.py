@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from whimbrel import ops
 from whimbrel.errors import UserError, nearest
+from whimbrel.model.linear import Linear
 
 RECIPES = ("none", "tensorwise", "rowwise", "blockwise")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -205,7 +206,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, recipe: str) 
 
 def suitable(module: nn.Module) -> bool:
     """Is it a linear layer whose sides are at least 128 and multiples of 16?"""
-    if type(module) is not nn.Linear:
+    if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, Linear):
         return False
     return all(side >= BLOCK and side % 16 == 0 for side in (module.in_features, module.out_features))
 
@@ -243,7 +244,7 @@ def converted(model: Any, settings: Fp8) -> Iterator[list[str]]:
 def _forward(module: nn.Linear, recipe: str) -> Any:
     def forward(x_TI: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return F.linear(x_TI, module.weight, module.bias)
+            return ops.linear(x_TI, module.weight, module.bias)
         return linear(x_TI, module.weight, module.bias, recipe)
 
     return forward

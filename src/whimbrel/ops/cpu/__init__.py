@@ -4,6 +4,7 @@ Operations that are not here run in `ops/torch`, and so does everything where th
 """
 
 from whimbrel.ops.cpu.decode import Decode, network
+from whimbrel.ops.cpu.head import cross_entropy
 from whimbrel.ops.cpu.library import fits, isa, load, use
 from whimbrel.ops.cpu.linear import FEW, linear
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
@@ -16,6 +17,7 @@ __all__ = [
     "Matrix",
     "Projection",
     "conv",
+    "cross_entropy",
     "fits",
     "gated_norm",
     "isa",

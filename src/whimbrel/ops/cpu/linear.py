@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.ops.cpu.library import address, call, fits, isa
+from whimbrel.ops.cpu.matmul import NativeLinear, pays
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
 from whimbrel.ops.packed import Packed
 from whimbrel.ops.torch import norm
@@ -32,11 +33,15 @@ class _Gemm(ctypes.Structure):
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + bias: [T, O]. Native in float32 on a CPU without gradient, for at most 16 rows or a packed matrix; else
-    torch's.
+    """x W^T + bias: [T, O]. Native in float32 on a CPU: without gradient for at most 16 rows or a packed matrix, with
+    or without one for large products; else torch's.
 
     With weights of 8 or 4 bits the activations are rounded too: to 255 steps of a row and 32 inputs.
     """
+    if isinstance(weight_OD, Tensor) and x_TD.dim() == 2 and x_TD.shape[0] > FEW and fits(x_TD, weight_OD, bias_O):
+        if pays(x_TD.shape[0], *weight_OD.shape):
+            return NativeLinear.apply(x_TD, weight_OD, bias_O)
+        return norm.linear(x_TD, weight_OD, bias_O)
     rows = x_TD.shape[0] if x_TD.dim() == 2 and not torch.is_grad_enabled() else 0
     native = 0 < rows <= FEW or (rows and isinstance(weight_OD, Packed) and isa() != "baseline")
     if not native or not fits(x_TD, bias_O) or not readable(weight_OD):

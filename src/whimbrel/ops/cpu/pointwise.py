@@ -13,8 +13,10 @@ from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import convolution, norm
 
-_Conv = structure("Conv", "x weight bias initial y pre tail offsets", "sequences channels width x_stride")
+_Conv = structure("Conv", "x weight bias initial y tail offsets", "sequences channels width x_stride")
 _ConvGradients = structure("ConvGradients", "dy dtail dx dweight dbias dinitial", "")
+_WIDEST = 64
+"""Taps of a convolution that the library takes."""
 _Norm = structure("GatedNorm", "y gate weight out scale", "tokens groups width gate_stride", "eps")
 _NormGradients = structure("GatedNormGradients", "dout dy dgate dweight", "")
 _Relu2 = structure("Relu2", "x dy out", "count")
@@ -27,18 +29,18 @@ class _NativeConv(torch.autograd.Function):
     ) -> Any:
         x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
         weight_WI, initial = weight_IW.t().contiguous(), initial.contiguous()
-        y, pre, tail = fresh(*x_TI.shape), fresh(*x_TI.shape), torch.empty_like(initial)
-        ctx.save_for_backward(x_TI, weight_WI, bias_I, initial, pre, starts)
-        call("conv_forward", _conv(x_TI, weight_WI, bias_I, initial, y, pre, tail, starts))
+        y, tail = fresh(*x_TI.shape), torch.empty_like(initial)
+        ctx.save_for_backward(x_TI, weight_WI, bias_I, initial, starts)
+        call("conv_forward", _conv(x_TI, weight_WI, bias_I, initial, y, tail, starts))
         return y, tail
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        x_TI, weight_WI, bias_I, initial, pre, starts = ctx.saved_tensors
+        x_TI, weight_WI, bias_I, initial, starts = ctx.saved_tensors
         dy, dtail = (g.contiguous() for g in gradients)
         dx, dweight, dbias, dinitial = (fresh(*v.shape) for v in (x_TI, weight_WI, weight_WI[0], initial))
         outputs = [address(v) for v in (dy, dtail, dx, dweight, dbias, dinitial)]
-        described = _conv(x_TI, weight_WI, bias_I, initial, None, pre, None, starts)
+        described = _conv(x_TI, weight_WI, bias_I, initial, None, None, starts)
         call("conv_backward", described, _ConvGradients(*outputs))
         return dx, dweight.t(), None if bias_I is None else dbias, dinitial, None
 
@@ -49,11 +51,10 @@ def _conv(
     bias: Tensor | None,
     initial: Tensor,
     y: Tensor | None,
-    pre: Tensor,
     tail: Tensor | None,
     starts: Tensor,
 ) -> Any:
-    pointers = [address(v) for v in (x, weight, bias, initial, y, pre, tail, starts)]
+    pointers = [address(v) for v in (x, weight, bias, initial, y, tail, starts)]
     return _Conv(*pointers, len(starts) - 1, x.shape[1], weight.shape[0], x.stride(0))
 
 
@@ -61,7 +62,7 @@ def conv(
     x_TI: Tensor, weight_IW: Tensor, bias_I: Tensor | None, segments: Segments, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `ops.torch.conv`, in float32 on a CPU."""
-    if not segments.tokens or not fits(x_TI, weight_IW, bias_I, initial):
+    if not segments.tokens or weight_IW.shape[1] > _WIDEST or not fits(x_TI, weight_IW, bias_I, initial):
         return convolution.conv(x_TI, weight_IW, bias_I, segments, initial)
     channels, width = weight_IW.shape
     history = torch.zeros(segments.count, width - 1, channels) if initial is None else initial.transpose(1, 2)

@@ -291,17 +291,43 @@ def ssd(
 
 
 def ssd_step(
-    x_SHP: Tensor, dt_SH: Tensor, a_H: Tensor, b_SGN: Tensor, c_SGN: Tensor, d_H: Tensor, state: Tensor, slots_S: Tensor
+    x_SHP: Tensor,
+    dt_SH: Tensor,
+    a_H: Tensor,
+    b_SGN: Tensor,
+    c_SGN: Tensor,
+    d_H: Tensor,
+    state: Tensor,
+    slots_S: Tensor,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """One token of each sequence: y_SHP; `state[slots]` is advanced in place. No gradient."""
+    """One token of each sequence: y_SHP; `state[slots]` is advanced in place. No gradient.
+
+    A float16 state is rounded at random in proportion: it needs a `seed` [S] int64, other ones for every call.
+    """
     sequences, heads, width = x_SHP.shape
     groups, size = b_SGN.shape[1:]
-    dtype = state.dtype
+    half = state.dtype == torch.float16
+    assert seed is not None or not half, "a float16 state is rounded at random: give a seed"
+    dtype = torch.float32 if half else state.dtype
     x, dt = x_SHP.to(dtype), dt_SH.to(dtype)
-    old = state[slots_S].view(sequences, groups, -1, size)  # [S, G, hP, N]
+    old = state[slots_S].to(dtype).view(sequences, groups, -1, size)  # [S, G, hP, N]
     decay = torch.exp(dt * a_H)[:, :, None].expand(-1, -1, width).reshape(sequences, groups, -1, 1)
     u = (dt[:, :, None] * x).view(sequences, groups, -1, 1)
     new = torch.addcmul(old * decay, u, b_SGN.to(dtype)[:, :, None, :])
-    state[slots_S] = new.view(sequences, heads, width, size)
+    if half and seed is not None:
+        new = _at_random(new.reshape(sequences, -1), seed).view(new.shape)
+    state[slots_S] = new.view(sequences, heads, width, size).to(state.dtype)
     y = torch.matmul(new, c_SGN.to(dtype)[..., None]).view(sequences, heads, width)
     return torch.addcmul(y, x, d_H.to(dtype)[:, None]).to(x_SHP.dtype)
+
+
+def _at_random(x_SN: Tensor, seed_S: Tensor) -> Tensor:
+    """float32 [S, N] -> numbers of float16, up or down at random in proportion: 13 random bits (of a hash of seed and
+    place) are added below the last that float16 keeps. Below its normal range (6e-5) rounding is to the nearest.
+    """
+    word = seed_S[:, None] * 0x1E3779B97F4A7C15 + torch.arange(x_SN.shape[1], device=x_SN.device) * 0x5851F42D4C957F2D
+    for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        word = (word ^ (word >> 31)) * factor
+    bits = x_SN.contiguous().view(torch.int32) + ((word >> 40) & 0x1FFF).to(torch.int32)
+    return (bits & -0x2000).view(torch.float32).clamp(-65504.0, 65504.0)

@@ -48,7 +48,7 @@ def _step(
     place = (slot * H + h) * (P * N) + p[:, None] * N + n[None, :]
     new = tl.load(state + place, mask=inside, other=0.0).to(tl.float32) * fade + (xs * step)[:, None] * bs[None, :]
     if HALF:
-        new = _to_half(new, tl.randint(tl.load(seed), place.to(tl.int32)))
+        new = _to_half(new, tl.randint(tl.load(seed + s), ((h * P + p)[:, None] * N + n[None, :]).to(tl.int32)))
         new = tl.minimum(tl.maximum(new, -65504.0), 65504.0)
     tl.store(state + place, new.to(state.dtype.element_ty), mask=inside)
     out = tl.sum(new * cs[None, :], 1) + tl.load(d + h).to(tl.float32) * xs
@@ -75,13 +75,13 @@ def ssd_step(
 ) -> Tensor:
     """As `ops.torch.ssd_step`. With `bias_H` the step sizes are still to be made of `dt_SH`, as in `step_size`.
 
-    A float16 state needs a `seed` [1] int64 on the device, another one for every call.
+    A float16 state needs a `seed` [S] int64 on the device, other ones for every call.
     """
     half = state.dtype == torch.float16
     fit = fits(x_SHP, dt_SH, a_H, b_SGN, c_SGN, d_H, bias_H) and (half or state.dtype == torch.float32)
     if not fit or x_SHP.shape[0] > 65535:
         dt_SH = dt_SH if bias_H is None else vectorised.step_size(dt_SH, bias_H, limit)
-        return vectorised.ssd_step(x_SHP, dt_SH, a_H, b_SGN, c_SGN, d_H, state, slots_S)
+        return vectorised.ssd_step(x_SHP, dt_SH, a_H, b_SGN, c_SGN, d_H, state, slots_S, seed)
     assert state.is_contiguous(), "a state is advanced where it lies"
     assert seed is not None or not half, "a float16 state is rounded at random: give a seed"
     sequences, heads, width = x_SHP.shape

@@ -1,0 +1,65 @@
+"""The native products of training (native/src/matmul.cpp): of float32 matrices of many rows, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from whimbrel.ops.cpu.library import address, call, isa, structure
+from whimbrel.ops.memory import fresh
+
+_Matmul = structure("Matmul", "a b c", "rows columns depth a_row a_step b_step b_column c_row add")
+LEAST = 1 << 26
+"""Multiplications from which our product is faster than torch's; below, a call from Python costs what it gains."""
+
+
+def pays(rows: int, columns: int, depth: int) -> bool:
+    """Is a product of this shape for the library?"""
+    return rows * columns * depth >= LEAST and isa() != "baseline"
+
+
+def product(a_RK: Tensor, b_KN: Tensor, out_RN: Tensor, add: bool = False) -> Tensor:
+    """a b into `out`, or added to it, native whatever it costs; a and b by rows or turned, `out` by rows."""
+    (rows, depth), columns = a_RK.shape, b_KN.shape[1]
+    strides = (*a_RK.stride(), *b_KN.stride(), out_RN.stride(0))
+    call("matmul", _Matmul(address(a_RK), address(b_KN), address(out_RN), rows, columns, depth, *strides, add))
+    return out_RN
+
+
+def multiply(a_RK: Tensor, b_KN: Tensor, out_RN: Tensor, add: bool = False) -> Tensor:
+    """As `product`, through torch where that is faster."""
+    if pays(a_RK.shape[0], b_KN.shape[1], a_RK.shape[1]):
+        return product(a_RK, b_KN, out_RN, add)
+    return out_RN.addmm_(a_RK, b_KN) if add else torch.mm(a_RK, b_KN, out=out_RN)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A matrix whose numbers are neighbours within a row."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+class NativeLinear(torch.autograd.Function):
+    """x W^T + bias. Gradients of few rows are not worth it; callers ask `pays` first."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """[T, O]."""
+        x_TI, weight_OI = rows_of(x_TI), rows_of(weight_OI)
+        y_TO = product(x_TI, weight_OI.t(), fresh(x_TI.shape[0], weight_OI.shape[0]))
+        ctx.save_for_backward(x_TI, weight_OI)
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """Of x, W and bias, those that are asked for."""
+        (x_TI, weight_OI), dy_TO = ctx.saved_tensors, rows_of(gradients[0])
+        x, weight, bias = ctx.needs_input_grad
+        return (
+            product(dy_TO, weight_OI, fresh(*x_TI.shape)) if x else None,
+            product(dy_TO.t(), x_TI, fresh(*weight_OI.shape)) if weight else None,
+            dy_TO.sum(0) if bias else None,
+        )
