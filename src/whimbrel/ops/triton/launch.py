@@ -74,5 +74,5 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def fits(*tensors: torch.Tensor | None) -> bool:
-    """Can the kernels take these: float32 or bfloat16, all on one device?"""
-    return all(t is None or t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
+    """Can the kernels take these: float32 or bfloat16, all on one device, and really there?"""
+    return all(t is None or (t.dtype in (torch.float32, torch.bfloat16) and not t.is_meta) for t in tensors)
