@@ -49,3 +49,9 @@ def test_memory_is_kept_inside_and_given_back_after():
             assert touched() < 100
         assert touched() < 100
     assert resident() - before < 32 << 20
+
+
+def test_a_system_that_refuses_the_room_still_trains(monkeypatch):
+    monkeypatch.setattr("whimbrel.ops.memory.os.sysconf", lambda name: 1 << 30)
+    with kept():
+        assert torch.ones(3).sum() == 3

@@ -274,6 +274,25 @@ def test_cross_entropy(tokens, width, vocabulary, chunk, alike, seed):
         assert gap(cpu.cross_entropy(*leaves, targets, chunk), vectorised.cross_entropy(*leaves, targets, chunk)) < 2e-5
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_cross_entropy_computes_no_gradient_that_nobody_wants(frozen, alike):
+    def learned(form):
+        g = torch.Generator().manual_seed(3)
+        leaves = {"hidden": torch.randn(50, 12, generator=g), "weight": torch.randn(70, 12, generator=g)}
+        targets = torch.randint(0, 70, (50,), generator=g)
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name != frozen)
+        loss = form.cross_entropy(*leaves.values(), targets, 16)
+        (loss.sum() if alike else loss @ torch.arange(50.0)).backward()
+        return leaves
+
+    ours, theirs = learned(cpu), learned(vectorised)
+    assert ours[frozen].grad is None
+    (name,) = {"hidden", "weight"} - {frozen}
+    assert gap(ours[name].grad, theirs[name].grad) < 2e-5
+
+
 def test_logits_that_are_large_or_infinite_keep_their_loss():
     hidden, targets = torch.tensor([[1.0], [-1.0], [1.0]]), torch.tensor([0, 1, 2])
     weight = torch.tensor([[3000.0], [-3000.0], [2999.0]])

@@ -115,14 +115,15 @@ def _greedy(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
 
 def _whole(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     """Draw from the whole vocabulary (after min_p, which needs no order)."""
-    _, _, _, min_p_S1, share_S1 = _columns(numbers(draws).to(logits_SV.device))
-    return _uncut(_probabilities(logits_SV, draws), min_p_S1, share_S1).tolist()
+    temperature_S1, _, _, min_p_S1, share_S1 = _columns(numbers(draws).to(logits_SV.device))
+    some = any(draw.sampling.min_p for draw in draws)
+    return _uncut(_probabilities(logits_SV, temperature_S1), min_p_S1 if some else None, share_S1).tolist()
 
 
 def _truncated(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     """Draw after top_k, then top_p on what remains, then min_p. Sorts all V only where the likeliest do not suffice."""
     settings_5S = numbers(draws).to(logits_SV.device)
-    probs_SV = _probabilities(logits_SV, draws)
+    probs_SV = _probabilities(logits_SV, settings_5S[0, :, None])
     top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], _CANDIDATES))
     if not _suffice(top_SW, probs_SV.shape[-1], settings_5S).all():
         top_SW, ids_SW = probs_SV.sort(stable=True, dim=-1, descending=True)
@@ -158,8 +159,7 @@ def draw(logits_SV: Tensor, settings_5S: Tensor, whole: bool, truncated: bool) -
     if not whole and not truncated:
         return best_S
     temperature_S1, top_p_S1, limit_S1, min_p_S1, share_S1 = _columns(settings_5S)
-    heat_S1 = torch.where(temperature_S1 == 0, 1.0, temperature_S1)
-    probs_SV = (logits_SV.double() / heat_S1).softmax(-1)
+    probs_SV = _probabilities(logits_SV, torch.where(temperature_S1 == 0, 1.0, temperature_S1))
     ids_S = _uncut(probs_SV, min_p_S1, share_S1) if whole else best_S
     if truncated:
         top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], _CANDIDATES))
@@ -180,9 +180,10 @@ def _suffice(top_SW: Tensor, vocabulary: int, settings_5S: Tensor) -> Tensor:
     return (limit_S.clamp(max=vocabulary) <= top_SW.shape[-1]) | (top_SW.sum(-1) >= top_p_S)
 
 
-def _uncut(probs_SV: Tensor, min_p_S1: Tensor, share_S1: Tensor) -> Tensor:
-    floor_S1 = min_p_S1 * probs_SV.amax(-1, keepdim=True)
-    return _invert(probs_SV.masked_fill(probs_SV < floor_S1, 0.0), share_S1)[:, 0]
+def _uncut(probs_SV: Tensor, min_p_S1: Tensor | None, share_S1: Tensor) -> Tensor:
+    if min_p_S1 is not None:
+        probs_SV = probs_SV.masked_fill(probs_SV < min_p_S1 * probs_SV.amax(-1, keepdim=True), 0.0)
+    return _invert(probs_SV, share_S1)[:, 0]
 
 
 def _cut(top_SW: Tensor, ids_SW: Tensor, settings_5S: Tensor) -> Tensor:
@@ -197,9 +198,9 @@ def _cut(top_SW: Tensor, ids_SW: Tensor, settings_5S: Tensor) -> Tensor:
     return ids_SW.gather(-1, _invert(kept_SW, share_S1))[:, 0]
 
 
-def _probabilities(logits_SV: Tensor, draws: Rows[Draw]) -> Tensor:
+def _probabilities(logits_SV: Tensor, temperature_S1: Tensor) -> Tensor:
     """Softmax at each row's temperature; in float64, so that a sum over V leaves no rounding a draw could fall in."""
-    return (logits_SV.double() / _columns(numbers(draws).to(logits_SV.device))[0]).softmax(-1)
+    return (logits_SV.double() / temperature_S1).softmax(-1)
 
 
 def _invert(weights_SW: Tensor, share_S1: Tensor) -> Tensor:

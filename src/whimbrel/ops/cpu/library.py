@@ -63,6 +63,11 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """A matrix whose numbers are neighbours within a row: itself, or a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def structure(name: str, pointers: str, numbers: str, reals: str = "") -> type[ctypes.Structure]:
     """A C struct of the header: pointers, then 64-bit integers, then floats, in its order."""
     fields: list[tuple[str, Any]] = [(field, ctypes.c_void_p) for field in pointers.split()]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from whimbrel.ops.cpu.library import address, call, isa, structure
+from whimbrel.ops.cpu.library import address, by_rows, call, isa, structure
 from whimbrel.ops.memory import fresh
 
 _Matmul = structure("Matmul", "a b c", "rows columns depth a_row a_step b_step b_column c_row add")
@@ -36,18 +36,13 @@ def multiply(a_RK: Tensor, b_KN: Tensor, out_RN: Tensor, add: bool = False) -> T
     return out_RN.addmm_(a_RK, b_KN) if add else torch.mm(a_RK, b_KN, out=out_RN)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """A matrix whose numbers are neighbours within a row."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 class NativeLinear(torch.autograd.Function):
     """x W^T + bias. Gradients of few rows are not worth it; callers ask `pays` first."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """[T, O]."""
-        x_TI, weight_OI = rows_of(x_TI), rows_of(weight_OI)
+        x_TI, weight_OI = by_rows(x_TI), by_rows(weight_OI)
         y_TO = product(x_TI, weight_OI.t(), fresh(x_TI.shape[0], weight_OI.shape[0]))
         ctx.save_for_backward(x_TI, weight_OI)
         return y_TO if bias_O is None else y_TO.add_(bias_O)
@@ -56,7 +51,7 @@ class NativeLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         """Of x, W and bias, those that are asked for."""
-        (x_TI, weight_OI), dy_TO = ctx.saved_tensors, rows_of(gradients[0])
+        (x_TI, weight_OI), dy_TO = ctx.saved_tensors, by_rows(gradients[0])
         x, weight, bias = ctx.needs_input_grad
         return (
             product(dy_TO, weight_OI, fresh(*x_TI.shape)) if x else None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whimbrel.ops.cpu.library import address, call, fits, structure
+from whimbrel.ops.cpu.library import address, by_rows, call, fits, structure
 from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import convolution, norm
@@ -27,7 +27,7 @@ class _NativeConv(torch.autograd.Function):
     def forward(
         ctx: Any, x_TI: Tensor, weight_IW: Tensor, bias_I: Tensor | None, initial: Tensor, starts: Tensor
     ) -> Any:
-        x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+        x_TI = by_rows(x_TI)
         weight_WI, initial = weight_IW.t().contiguous(), initial.contiguous()
         y, tail = fresh(*x_TI.shape), torch.empty_like(initial)
         ctx.save_for_backward(x_TI, weight_WI, bias_I, initial, starts)
@@ -74,7 +74,7 @@ class _NativeNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_TD: Tensor, gate_TD: Tensor | None, weight_D: Tensor, groups: int, eps: float) -> Tensor:
         y_TD, weight_D = y_TD.contiguous(), weight_D.contiguous()
-        gate_TD = gate_TD if gate_TD is None or gate_TD.stride(1) == 1 else gate_TD.contiguous()
+        gate_TD = gate_TD if gate_TD is None else by_rows(gate_TD)
         out, scale = fresh(*y_TD.shape), torch.empty(y_TD.shape[0], groups)
         call("gated_norm_forward", _norm(y_TD, gate_TD, weight_D, out, scale, eps))
         ctx.save_for_backward(y_TD, gate_TD, weight_D, scale)
