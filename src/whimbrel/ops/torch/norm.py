@@ -37,8 +37,8 @@ def gated_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + bias. A packed matrix is unpacked first."""
-    return F.linear(x_TD, unpack(weight_OD) if isinstance(weight_OD, Packed) else weight_OD, bias_O)
+    """x W^T + bias. A packed matrix is unpacked first, to the dtype of x."""
+    return F.linear(x_TD, unpack(weight_OD).to(x_TD.dtype) if isinstance(weight_OD, Packed) else weight_OD, bias_O)
 
 
 def relu2(x: Tensor) -> Tensor:
