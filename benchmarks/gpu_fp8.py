@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from whimbrel.ops import fp8
+from whimbrel.ops.fp8 import E4M3, E5M2, Scaled, check_layout, quantise
 from whimbrel.train import precision
-from whimbrel.train.precision import E4M3, E5M2, Scaled, check_layout, quantise
 
 RECIPES = ("tensorwise", "rowwise", "blockwise")
 KINDS = (
@@ -38,7 +39,7 @@ def noise(place: Any) -> Iterator[dict[str, Any]]:
 def layouts(place: Any) -> Iterator[dict[str, Any]]:
     """Which products are native; and operands that break one rule each: each should be refused by both."""
     for kind_a, kind_b, dtype in KINDS:
-        said = precision.native(place.device, kind_a, kind_b, dtype, E4M3)
+        said = fp8.native(place.device, kind_a, kind_b, dtype, E4M3)
         yield {
             "what": "native",
             "kinds": f"{kind_a} x {kind_b}",
@@ -59,7 +60,7 @@ def layouts(place: Any) -> Iterator[dict[str, Any]]:
     }
     for rule, pair in broken.items():
         refusals: list[bool] = []
-        for attempt in (lambda p=pair: check_layout(*p), lambda p=pair: precision._scaled_mm(*p, torch.bfloat16)):
+        for attempt in (lambda p=pair: check_layout(*p), lambda p=pair: fp8._scaled_mm(*p, torch.bfloat16)):
             try:
                 attempt()
                 refusals.append(False)

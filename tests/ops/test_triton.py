@@ -257,6 +257,19 @@ def test_the_form_is_chosen_in_one_place():
     assert set(on_gpu) == set(ops.OPERATIONS)
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (9, 48), (3, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_cast_to_fp8_as_torch_does(shape, dtype):
+    from whimbrel.ops import fp8
+    from whimbrel.ops.triton import quantise
+
+    x = (normal(*shape) * torch.logspace(-3, 3, shape[0])[:, None]).to(dtype)
+    x[0, :] = 448 * 2.0**-9 if shape[0] > 1 else 0  # a power of two as it is; a row of zeros
+    codes, scales = quantise.by_rows(apart(x).to(DEVICE))
+    true = fp8.quantise(x, "row")
+    assert torch.equal(scales.cpu(), true.scale) and torch.equal(codes.cpu().float(), true.codes.float())
+
+
 @pytest.mark.parametrize("relu2", [False, True])
 @pytest.mark.parametrize("shape", [(1, 128), (37, 130)])
 def test_casts_to_fp8(shape, relu2):

@@ -138,14 +138,17 @@ def load(
     """The model of a folder, file, fetched name or hub id. Mamba's A_log, D and dt_bias are always float32.
 
     float16 on a CPU means matrices of 16 bits; all else, and the arithmetic, is float32. So it is with matrices of
-    fewer bits; on a GPU these are turned into rows, one at a time, and the arithmetic is float32 or bfloat16.
+    fewer bits; on a GPU these are turned into rows, one at a time, and the arithmetic is float32 or bfloat16. fp8:
+    projections are rounded to FP8 one at a time; all else is bfloat16 (on a CPU, which only emulates it, float32).
     """
-    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    rows = by_rows(torch.device(device))
+    kinds = DTYPES | {"fp8": torch.bfloat16 if rows else torch.float32}
+    kind = kinds.get(dtype) if isinstance(dtype, str) else dtype
     if kind is None:
-        raise UserError(f"dtype is {dtype!r}; {nearest(str(dtype), DTYPES)} (set dtype to one of {', '.join(DTYPES)})")
+        raise UserError(f"dtype is {dtype!r}; {nearest(str(dtype), kinds)} (set dtype to one of {', '.join(kinds)})")
     path = resolve(source)
-    config, form, rows = load_config(path), load_form(path), by_rows(torch.device(device))
-    if form is not None and kind != torch.float32 and not (rows and kind == torch.bfloat16):
+    config, form = load_config(path), load_form(path)
+    if form is not None and (dtype == "fp8" or (kind != torch.float32 and not (rows and kind == torch.bfloat16))):
         works = "bfloat16" if rows else "float32"
         raise UserError(f"dtype is {dtype}, but {path} holds {form.name}, computed in {works}; set dtype to {works}")
     if kind == torch.float16 and torch.device(device).type == "cpu":
@@ -155,7 +158,7 @@ def load(
     if form is not None:
         fewbits.prepare(model, form, names, str(path), rows)
     table = _table(fewbits.on_disk(model, names), weights, path)
-    after = partial(fewbits.settle, model, kind) if rows else None
+    after = partial(fewbits.to_fp8, model) if dtype == "fp8" else partial(fewbits.settle, model, kind) if rows else None
     fill(model, weights, table, torch.device(device), path, after)
     return model
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whimbrel.errors import UserError
 from whimbrel.model.linear import matrices, place
-from whimbrel.ops import packed
+from whimbrel.ops import fp8, packed
 from whimbrel.ops.packed import GROUPS, pack
 
 METHOD = "whimbrel"
@@ -89,6 +89,17 @@ def settle(model: Any, dtype: torch.dtype, tensor: str = "") -> None:
         value = getattr(model.get_submodule(name).weight, "value", None)
         if value is not None and value.bits < 16:
             place(model, name, packed.by_rows(value), dtype)
+
+
+def to_fp8(model: Any, tensor: str = "") -> None:
+    """Round projections to FP8, as `ops/fp8.py` multiplies: all of a model, or the one whose weights have just been
+    read into the `tensor` of that name. Embedding and head stay, and what has inputs that are no multiple of 16.
+    """
+    names = [tensor.removesuffix(".weight")] if tensor.endswith(".weight") else []
+    for name in names if tensor else matrices(model):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) and not module.in_features % fp8.SIDE:
+            place(model, name, fp8.weight(module.weight.detach()), module.weight.dtype)
 
 
 def on_disk(model: Any, names: Mapping[str, str]) -> dict[str, str]:

@@ -30,6 +30,10 @@ from whimbrel.ops.memory import settled
 
 PANEL = 8
 """Rows of a panel."""
+SLICE = 1 << 24
+"""Weights that a GPU unpacks at a time for many rows: 32 MiB of bfloat16, which stay in the second-level cache."""
+SIDE = 16
+"""FP8 on a GPU: outputs and inputs must be multiples of it."""
 GROUPS = (32, 64, 128)
 """Inputs that may share a scale."""
 

@@ -14,11 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from whimbrel.ops import torch as vectorised
-from whimbrel.ops.packed import Packed
+from whimbrel.ops.packed import SLICE, Packed
 from whimbrel.ops.triton.launch import cdiv, fits, power, settings
-
-SLICE = 1 << 24
-"""Weights that are unpacked at a time: 32 MiB of bfloat16, which stay in the second-level cache."""
 
 
 @triton.jit
