@@ -174,9 +174,7 @@ def plan(
     memory: Annotated[str, typer.Option(metavar="SIZE", help="What the device has, for instance 22GiB.")],
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a sequence, prompt and answer.")],
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    dtype: Annotated[
-        str, typer.Option(help="Numbers of weights and cache; int8, int4, fp8: of weights on a GPU.")
-    ] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Numbers of weights and cache; int8, int4, fp8.")] = "bfloat16",
     bandwidth: Annotated[
         str | None, typer.Option(metavar="RATE", help="For instance 600GB/s; measured here if not given.")
     ] = None,
