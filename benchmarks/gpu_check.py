@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from whimbrel import ops
-from whimbrel.ops import Segments, vectorised
+from whimbrel.ops import Segments, packed, vectorised
 
 Case = tuple[str, Callable[[Any, torch.device], Callable[..., Sequence[Tensor]]], list[Tensor], set[int]]
 LENGTHS, SHORT = [5, 0, 300, 1, 94], [3, 0, 17, 1]
@@ -149,6 +151,23 @@ def steps(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, fl
     return found
 
 
+def products(device: torch.device, dtype: torch.dtype, small: bool) -> dict[str, tuple[float, float]]:
+    """Weights of 8 and 4 bits in rows: one row, some, and more than the kernel takes; inputs in parts."""
+    kernels, found = ops.gpu()[0], {}
+    assert kernels is not None
+    outputs, inputs = (37, 288) if small else (1111, 15680)
+    for bits in (8, 4):
+        weight = packed.by_rows(packed.round_to_nearest(normal(outputs, inputs).float(), bits))
+        assert weight.scales is not None
+        there = replace(weight, codes=weight.codes.to(device), scales=weight.scales.to(device))
+        for count in (1, 40, 70):
+            x, bias = normal(count, inputs).to(dtype), normal(outputs).to(dtype)
+            true = [x.double() @ packed.unpack(weight).double().t() + bias.double()]
+            both = [[m.linear(x.to(device), there, bias.to(device)).cpu().double()] for m in (kernels, vectorised)]
+            found[f"linear int{bits} x {count}"] = (error(both[0], true), error(both[1], true))
+    return found
+
+
 def check(device: torch.device, small: bool = False) -> dict[str, Any]:
     """Run everything: errors by case and dtype, what failed, and the seconds it took."""
     kernels, begin = ops.gpu()[0], time.perf_counter()
@@ -169,10 +188,11 @@ def check(device: torch.device, small: bool = False) -> dict[str, Any]:
                 errors[label] = (error(mine, true), error(plain, true))
             except Exception as fault:
                 failed[label] = f"{type(fault).__name__}: {str(fault)[:300]}"
-        try:
-            errors |= {f"{name} {word}": pair for name, pair in steps(device, dtype).items()}
-        except Exception as fault:
-            failed[f"steps {word}"] = f"{type(fault).__name__}: {str(fault)[:300]}"
+        for part, form in (("steps", steps), ("linear", partial(products, small=small))):
+            try:
+                errors |= {f"{name} {word}": pair for name, pair in form(device, dtype).items()}
+            except Exception as fault:
+                failed[f"{part} {word}"] = f"{type(fault).__name__}: {str(fault)[:300]}"
     for label, (mine, plain) in errors.items():
         most = 1e-4 if label.endswith("float32") else 3e-2
         if not mine < max(most if label.endswith("float32") else 1e-2, min(3 * plain, most)):

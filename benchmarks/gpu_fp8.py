@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from whimbrel.ops import fp8
+from whimbrel import ops
+from whimbrel.ops import fp8, packed
 from whimbrel.ops.fp8 import E4M3, E5M2, Scaled, check_layout, quantise
 from whimbrel.train import precision
 
@@ -34,6 +35,20 @@ def noise(place: Any) -> Iterator[dict[str, Any]]:
         gains = [20 * torch.log10(t.norm() / (f.double() - t).norm()).item() for f, t in zip(found, true, strict=True)]
         good = gains[0] > (25 if recipe == "blockwise" else 18) and min(gains[1:]) > 17
         yield {"what": "noise", "recipe": recipe, "output_db": gains[0], "gradient_db": gains[1:], "ok": good}
+
+
+def decoding(place: Any) -> Iterator[dict[str, Any]]:
+    """A product of decoding, of one row and of 64: signal over noise (18 dB), and the error beside what was rounded."""
+    into, out = (128, 37) if place.dry else (15680, 4480)
+    weight = torch.randn(out, into, device=place.device, dtype=place.dtype)
+    held = fp8.weight(weight)
+    for tokens in (1, 64):
+        x = torch.randn(tokens, into, device=place.device, dtype=place.dtype)
+        y, true = ops.linear(x, held).double(), x.double() @ weight.double().t()
+        rounded = quantise(x, "row").wide().double() @ packed.unpack(held).double().t()
+        gain, apart = (20 * torch.log10(true.norm() / (true - y).norm()), (y - rounded).norm() / rounded.norm())
+        yield {"what": "decoding", "tokens": tokens, "output_db": gain.item(), "error": apart.item(),
+               "ok": bool(gain > 18 and apart < 1e-2)}  # fmt: skip
 
 
 def layouts(place: Any) -> Iterator[dict[str, Any]]:

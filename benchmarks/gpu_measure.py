@@ -376,9 +376,10 @@ def scan(place: Place) -> Iterator[Record]:
 
 def fp8(place: Place) -> Iterator[Record]:
     """Each FP8 recipe: noise of a layer, whether we refuse what the device refuses, losses of a small hybrid."""
-    from gpu_fp8 import curves, layouts, noise
+    from gpu_fp8 import curves, decoding, layouts, noise
 
     yield from noise(place)
+    yield from decoding(place)
     yield from layouts(place)
     yield from curves(place, trainer)
 

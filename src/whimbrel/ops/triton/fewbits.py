@@ -94,7 +94,8 @@ def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = Non
     if not isinstance(weight_OD, Packed) or weight_OD.form != "rows" or learns or not fits(x_TD, bias_O):
         return vectorised.linear(x_TD, weight_OD, bias_O)
     assert weight_OD.scales is not None and weight_OD.codes.is_contiguous()
-    (outputs, inputs), scales, chosen = weight_OD.shape, weight_OD.scales, settings("linear")
+    (outputs, inputs), scales = weight_OD.shape, weight_OD.scales
+    chosen = settings("linear", O=outputs, I=inputs)
     x = x_TD.reshape(-1, inputs)
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows = x.shape[0]
