@@ -87,7 +87,7 @@ def settle(model: Any, dtype: torch.dtype, tensor: str = "") -> None:
     names = [tensor.removesuffix(".weight.scales")] if tensor.endswith(".weight.scales") else []
     for name in names if tensor else matrices(model):
         value = getattr(model.get_submodule(name).weight, "value", None)
-        if value is not None and value.bits < 16:
+        if value is not None and value.bits < 16 and value.form == "panels":
             place(model, name, packed.by_rows(value), dtype)
 
 
