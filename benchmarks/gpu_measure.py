@@ -403,6 +403,13 @@ def long_step(place: Place) -> Iterator[Record]:
         del step, model
 
 
+def few_bits(place: Place) -> Iterator[Record]:
+    """Decoding of the 9B shape at 4k with weights in int8, int4 and FP8, as `decode` does."""
+    from gpu_bits import decoding
+
+    yield from decoding(place, speed(place)[0])
+
+
 def check(place: Place) -> Iterator[Record]:
     """Every kernel against float64 and `ops/torch`."""
     import torch
@@ -414,7 +421,7 @@ def check(place: Place) -> Iterator[Record]:
 ROWS: dict[str, tuple[Callable[[Place], Iterator[Record]], float]] = {
     "check": (check, 150), "ceilings": (ceilings, 40), "decode": (decode, 90), "scan": (scan, 90),
     "whole_context": (whole_context, 90), "peers": (peers, 200), "long_prompts": (long_prompts, 120),
-    "train": (train, 200), "fp8": (fp8, 120), "long_step": (long_step, 120),
+    "train": (train, 200), "fp8": (fp8, 120), "long_step": (long_step, 120), "few_bits": (few_bits, 90),
 }  # fmt: skip
 """Row -> what runs it, and the seconds it may take."""
 

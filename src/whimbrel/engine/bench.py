@@ -195,13 +195,20 @@ def load(name: str, dtype: str, device: str = "cpu") -> LanguageModel:
         model = LanguageModel(PRESETS[name], device=device, dtype=getattr(torch, plain)).initialise(0)
     else:
         model = LanguageModel.load(name, dtype="fp8" if dtype == "fp8" else plain, device=device)
-    if dtype in BITS and form is None:
+    if form is None and (dtype != "fp8" or name in PRESETS):
+        round_weights(model, dtype, rows)
+    return model
+
+
+def round_weights(model: LanguageModel, dtype: str, rows: bool) -> None:
+    """Round weights to the nearest of `dtype`, in place, if it has few bits; with `rows` as a GPU reads them."""
+    if dtype == "fp8":
+        fewbits.to_fp8(model)
+    elif dtype in BITS:
+        plain = model.dtype
         pack_model(model, BITS[dtype])
         if rows:
-            fewbits.settle(model, getattr(torch, plain))
-    elif dtype == "fp8" and name in PRESETS:
-        fewbits.to_fp8(model)
-    return model
+            fewbits.settle(model, plain)
 
 
 def numbers(text: str, name: str) -> list[int]:
