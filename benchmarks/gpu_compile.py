@@ -135,9 +135,11 @@ def rows(kernels: Any) -> None:
 
 
 def fewbits(kernels: Any) -> None:
-    """Products of the 9B with weights of 8 and 4 bits: one row, 64, prompts; inputs whole and in parts."""
+    """Products of the 9B with weights of 8 and 4 bits: one row, 64, prompts; inputs whole and in parts; rows to FP8."""
     from whimbrel.ops.packed import Packed
+    from whimbrel.ops.triton import quantise
 
+    quantise.by_rows(torch.empty(8, 15680, dtype=BF16))
     for bits in (8, 4):
         for outputs, inputs, rows in ((4480, 15680, 1), (4480, 15680, 64), (131072, 4480, 16), (512, 4480, 65)):
             codes = torch.empty(outputs, inputs * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)

@@ -68,6 +68,8 @@ def test_what_chat_is_given_arrives(folder: Path, tmp_path: Path, talked: dict[s
     assert talked["engine"].dtype == torch.float64
     sampling = talked["sampling"]
     assert (sampling.max_tokens, sampling.temperature, sampling.stop) == (5, 0.5, ("a", "b"))
+    assert cli.main(["chat", str(folder), "--dtype", "fp8"]) == 7
+    assert {m.form for m in talked["engine"].model.modules() if hasattr(m, "form")} == {"fp8"}
 
 
 def answers(path: Path) -> list[dict[str, Any]]:
