@@ -13,6 +13,7 @@ def decoding(place: Any, bandwidth: float) -> Iterator[dict[str, Any]]:
     context = 64 if place.dry else 4096
     for dtype in ("int8", "int4", "fp8"):
         try:
+            place.fresh()
             model = place.model("nemotron-nano-9b-v2")
             bench.round_weights(model, dtype, rows=True)
             for batch in (1, 2) if place.dry else (1, 8, 64):
@@ -22,5 +23,6 @@ def decoding(place: Any, bandwidth: float) -> Iterator[dict[str, Any]]:
                        "tokens_per_second": batch / seconds, "floor_seconds": moved / bandwidth,
                        "share": moved / seconds / bandwidth, "peak_bytes": place.peak_bytes()}  # fmt: skip
                 del task
+            del model
         except Exception as fault:
             yield {"dtype": dtype, "failed": f"{type(fault).__name__}: {str(fault)[:300]}"}

@@ -21,22 +21,8 @@ from triton.runtime.jit import JITFunction
 from whimbrel import ops
 from whimbrel.ops import Segments
 
-SHOWN = (
-    "C",
-    "BP",
-    "BN",
-    "BO",
-    "BM",
-    "BITS",
-    "WHOLE",
-    "BLOCK",
-    "R",
-    "REVERSE",
-    "STORE",
-    "BACKWARD",
-    "num_warps",
-    "num_stages",
-)
+SHOWN = ("HALF", "C", "P", "BP", "BN", "BO", "BM", "BITS", "BLOCK", "R")
+SHOWN += ("REVERSE", "STORE", "BACKWARD", "num_warps", "num_stages")
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 BF16 = torch.bfloat16
 compiled: list[dict[str, Any]] = []
@@ -106,6 +92,14 @@ def steps(kernels: Any) -> None:
     row += [torch.empty(8, 8, 128, dtype=BF16), torch.empty(8, 8, 128, dtype=BF16), torch.empty(128)]
     for kind in (torch.float32, torch.float16):
         kernels.ssd_step(*row, torch.empty(9, 128, 80, 128, dtype=kind), slots, seed=torch.ones(8, dtype=torch.int64))
+    for heads, width, size in ((128, 80, 128), (128, 64, 128), (256, 64, 256)):
+        inner, channels = heads * width, heads * width + 16 * size
+        given = [torch.empty(8, inner + channels + heads, dtype=BF16), torch.empty(channels, 4, dtype=BF16)]
+        given += [torch.empty(channels, dtype=BF16), *(torch.empty(heads) for _ in range(3))]
+        given += [torch.empty(inner, dtype=BF16), torch.empty(9, 3, channels, dtype=BF16).transpose(1, 2)]
+        for kind in (torch.float32, torch.float16):
+            state = torch.empty(9, heads, width, size, dtype=kind)
+            kernels.mamba_step(*given, state, slots, 8, 1e-5, seed=torch.ones(8, dtype=torch.int64))
     keys = torch.empty(64, 16, 8, 128, dtype=BF16)
     table = torch.zeros(8, 64, dtype=torch.int64)
     kernels.paged_attention(torch.empty(8, 40, 128, dtype=BF16), keys, keys, table, slots)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from whimbrel import ops
@@ -86,8 +89,24 @@ def layouts(place: Any) -> Iterator[dict[str, Any]]:
                "ok": refusals[0] or not refusals[1]}  # fmt: skip
 
 
+class Source:
+    """Rows of tokens that can be learned: every id is followed by one of 8 others, each as often; the floor is ln 8."""
+
+    def __init__(self, vocabulary: int, tokens: int) -> None:
+        self.random = np.random.default_rng(0)
+        self.next, self.tokens = self.random.integers(0, vocabulary, (vocabulary, 8)), tokens
+
+    def row(self, kind: Callable[..., Any]) -> Any:
+        ids, turns = [int(self.random.integers(len(self.next)))], self.random.integers(0, 8, self.tokens)
+        for turn in turns:
+            ids.append(int(self.next[ids[-1], turn]))
+        return kind(np.array(ids[:-1]), np.array(ids[1:]), (self.tokens // 2,) * 2)
+
+
 def curves(place: Any, trainer: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """Losses of a small hybrid on one repeated batch in each recipe beside bfloat16, from the same weights."""
+    """Losses of a small hybrid in each recipe beside bfloat16: same weights, same fresh rows, for as long as the row
+    may last, the recipes in turns. Scored on one row that none learns from.
+    """
     from dataclasses import replace
 
     from whimbrel.model.presets import preset
@@ -96,12 +115,24 @@ def curves(place: Any, trainer: Callable[..., Any]) -> Iterator[dict[str, Any]]:
 
     config = replace(preset("hybrid-290m"), vocab_size=4096)
     config = replace(place.shape(config), hidden_size=128, intermediate_size=128) if place.dry else config
-    ends: dict[str, float] = {}
-    for recipe in ("none", *RECIPES):
-        tokens = 32 if place.dry else 4096
-        step, model, row = trainer(place, config, tokens, 2, False, recipe, 1)
-        for _ in range(2 if place.dry else 200):
-            step()
-        with torch.no_grad():
-            ends[recipe] = accumulate(model, CrossEntropy(), [row], learn=False)[0]
-        yield {"what": "curve", "recipe": recipe, "loss": ends[recipe], "over_bfloat16": ends[recipe] - ends["none"]}
+    tokens, every = (32, 1) if place.dry else (4096, 100)
+    source = Source(config.vocab_size, tokens)
+    made = {name: trainer(place, config, tokens, 2, False, name, 1) for name in ("none", *RECIPES)}
+    held, done, failed = source.row(type(made["none"][2])), 0, dict[str, str]()
+    most, round_seconds = (2 if place.dry else 5000), 0.0
+    while done < most and place.left > 1.2 * round_seconds:
+        begin, rows, losses = time.perf_counter(), [source.row(type(held)) for _ in range(every)], dict[str, float]()
+        for name, (step, model, _) in made.items():
+            if name in failed:
+                continue
+            try:
+                for row in rows:
+                    step(row)
+                with torch.no_grad():
+                    losses[name] = accumulate(model, CrossEntropy(), [held], learn=False)[0]
+            except Exception as fault:
+                failed[name] = f"{type(fault).__name__}: {str(fault)[:300]}"
+                yield {"what": "curve", "recipe": name, "steps": done, "failed": failed[name]}
+        done, round_seconds = done + every, time.perf_counter() - begin
+        over = {name: loss - losses["none"] for name, loss in losses.items() if "none" in losses}
+        yield {"what": "curve", "steps": done, "losses": losses, "over_bfloat16": over, "floor": math.log(8)}

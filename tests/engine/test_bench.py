@@ -87,6 +87,12 @@ def test_fewer_bits_move_fewer_bytes() -> None:
     assert bench.Task(model, 8, 1).bytes("decode") < 0.45 * wide
 
 
+def test_a_state_of_16_bits_moves_half(model: LanguageModel) -> None:
+    wide, half = (bench.Task(model, 8, 2, kind) for kind in ("float32", "float16"))
+    assert wide.bytes("decode") - half.bytes("decode") == wide.state.bytes()["ssm"]
+    half.decode()
+
+
 def test_decoding_at_a_depth_is_decoding_after_a_prompt(model: LanguageModel) -> None:
     """The same state, the same token at the same place: what is timed is what an engine computes."""
     task = bench.Task(model, 21, 1)
@@ -112,10 +118,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     try:
         found = json.loads(said(capsys, "hybrid-tiny", *options, "--dtype", "int8", "--json"))
         text = said(capsys, "dense-tiny", *options)
+        halved = json.loads(said(capsys, "hybrid-tiny", *options, "--state-dtype", "float16", "--json"))
     finally:
         torch.set_num_threads(threads)
     assert (found["model"], found["dtype"], found["threads"]) == ("hybrid-tiny", "int8", 2)
     assert {"parameters", "native", "bandwidth", "peak"} <= set(found)
+    assert (found["state_dtype"], halved["state_dtype"]) == ("float32", "float16")
     assert set(found["rows"][0]) == {
         "task", "context", "batch", "tokens_per_second", "seconds", "native_seconds", "torch_seconds", "python_seconds",
         "bytes_per_token", "flops_per_token", "bandwidth_share", "peak_share",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from whimbrel.engine.graphs import record
+from whimbrel.engine.memory import check_state_dtype
 from whimbrel.engine.plan import BLOCK, prompt_flops
 from whimbrel.errors import UserError
 from whimbrel.events import Report, silent
@@ -93,7 +94,7 @@ def parts(work: Callable[[], object], seconds: float) -> dict[str, float]:
 class Task:
     """A model, and a state for `batch` sequences of `context` tokens, filled as if those had been read."""
 
-    def __init__(self, model: LanguageModel, context: int, batch: int) -> None:
+    def __init__(self, model: LanguageModel, context: int, batch: int, state_dtype: str = "float32") -> None:
         self.model, self.context, self.batch, self.device = model, context, batch, model.device
         self.prompt = PROMPT[self.device.type]
         self.graph: Any = None
@@ -104,6 +105,7 @@ class Task:
             blocks=batch * self.blocks,
             dtype=model.dtype,
             kv_dtype=model.kv_dtype,
+            ssm_dtype=getattr(torch, check_state_dtype(state_dtype)),
             device=self.device,
         )
         for side in (self.state.k, self.state.v, self.state.ssm, self.state.conv):
@@ -227,12 +229,14 @@ def run(
     threads: int = 0,
     report: Report = silent,
     device: str = "cpu",
+    state_dtype: str = "float32",
 ) -> dict[str, Any]:
     """Load a model and measure a prompt of each length and a step of decoding at each depth and batch: plain data."""
     if device not in ("cpu", "cuda"):
         raise UserError(f"device is {device!r}; set device to cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu")
+    check_state_dtype(state_dtype)
     if threads:
         torch.set_num_threads(threads)
     model, bandwidth, peak = load(name, dtype, device), machine.bandwidth(device), machine.matmul_peak(device)
@@ -241,9 +245,10 @@ def run(
     rows = []
     for done, (task, context, batch) in enumerate(tasks):
         report({"event": "progress", "done": done, "total": len(tasks), "unit": "tasks", "text": f"{task} {context}"})
-        rows.append(measure(Task(model, context, batch), task, bandwidth, peak))
-    said = {"model": name, "parameters": count.total(model.config), "dtype": dtype, "native": isa(), "device": device}
-    return said | {"threads": torch.get_num_threads(), "bandwidth": bandwidth, "peak": peak, "rows": rows}
+        rows.append(measure(Task(model, context, batch, state_dtype), task, bandwidth, peak))
+    said = {"model": name, "parameters": count.total(model.config), "dtype": dtype, "state_dtype": state_dtype}
+    said |= {"native": isa(), "device": device, "threads": torch.get_num_threads()}
+    return said | {"bandwidth": bandwidth, "peak": peak, "rows": rows}
 
 
 def measure(task: Task, name: str, bandwidth: float, peak: float) -> dict[str, Any]:
@@ -270,9 +275,10 @@ def measure(task: Task, name: str, bandwidth: float, peak: float) -> dict[str, A
 def as_text(found: Mapping[str, Any]) -> str:
     """The table a person reads."""
     native = f"native: {found['native'] or 'none'}; {found['threads']} threads"
+    states = f" with {found['state_dtype']} states" if found["state_dtype"] != "float32" else ""
     where = native if found["device"] == "cpu" else "recorded graphs on the GPU, whose kernels"
     head = (
-        f"{found['model']}: {format_count(found['parameters'])} parameters, {found['dtype']}, "
+        f"{found['model']}: {format_count(found['parameters'])} parameters, {found['dtype']}{states}, "
         f"{where} read {found['bandwidth'] / 1e9:.1f} GB/s here and "
         f"multiply matrices at {found['peak'] / 1e9:.0f} GFLOP/s"
     )

@@ -10,6 +10,7 @@ from whimbrel.ops.triton.conv import conv, conv_step
 from whimbrel.ops.triton.fewbits import linear
 from whimbrel.ops.triton.gated import gated_norm
 from whimbrel.ops.triton.head import cross_entropy, kl, log_prob
+from whimbrel.ops.triton.mamba import mamba_step
 from whimbrel.ops.triton.norm import rms_norm
 from whimbrel.ops.triton.paged import paged_attention
 from whimbrel.ops.triton.pointwise import relu2, step_size, swiglu
@@ -25,6 +26,7 @@ __all__ = [
     "kl",
     "linear",
     "log_prob",
+    "mamba_step",
     "paged_attention",
     "relu2",
     "rms_norm",
