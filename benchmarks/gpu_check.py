@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from whimbrel import ops
-from whimbrel.ops import Segments, vectorised
+from whimbrel.ops import Segments, packed, vectorised
 
 Case = tuple[str, Callable[[Any, torch.device], Callable[..., Sequence[Tensor]]], list[Tensor], set[int]]
 LENGTHS, SHORT = [5, 0, 300, 1, 94], [3, 0, 17, 1]
@@ -240,6 +242,21 @@ def draws(device: torch.device) -> tuple[float, float]:
     return 0.0, 0.0
 
 
+def product(device: torch.device, dtype: torch.dtype, bits: int, count: int, small: bool) -> tuple[float, float]:
+    """Weights of few bits in rows, inputs in parts: errors of the kernel and of `ops/torch`."""
+    kernels = ops.gpu()[0]
+    assert kernels is not None
+    outputs, inputs = (37, 288) if small else (1111, 15680)
+    weight = packed.by_rows(packed.round_to_nearest(normal(outputs, inputs).float(), bits))
+    assert weight.scales is not None
+    there = replace(weight, codes=weight.codes.to(device), scales=weight.scales.to(device))
+    x, bias = normal(count, inputs).to(dtype), normal(outputs).to(dtype)
+    true = [x.double() @ packed.unpack(weight).double().t() + bias.double()]
+    given = (x.to(device), there, bias.to(device))
+    both = [error([m.linear(*given).cpu().double()], true) for m in (kernels, vectorised)]
+    return both[0], both[1]
+
+
 def checks(device: torch.device, small: bool = False, end: float = float("inf")) -> Iterator[dict[str, Any]]:
     """Run everything, bfloat16 first: a record for each case, and one that sums up. None is begun after `end`
     (`time.perf_counter`).
@@ -270,6 +287,11 @@ def checks(device: torch.device, small: bool = False, end: float = float("inf"))
         work += [
             (f"{name} {word}", lambda row=(form, inputs, kept, dtype): against(*row))  # type: ignore[misc]
             for name, form, inputs, kept in cases(small, dtype)
+        ]
+        work += [  # one row, some, and more than the kernel takes
+            (f"linear {word}, int{bits} x {rows}", partial(product, device, dtype, bits, rows, small))
+            for bits in (8, 4)
+            for rows in (1, 40, 70)
         ]
         work += [(f"draw {word}", lambda: draws(device))] if dtype == torch.float32 else []
         for label, function in work:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from whimbrel import ops
+from whimbrel.ops import fp8, packed
+from whimbrel.ops.fp8 import E4M3, E5M2, Scaled, check_layout, quantise
 from whimbrel.train import precision
-from whimbrel.train.precision import E4M3, E5M2, Scaled, check_layout, quantise
 
 RECIPES = ("tensorwise", "rowwise", "blockwise")
 KINDS = (
@@ -38,10 +40,24 @@ def noise(place: Any) -> Iterator[dict[str, Any]]:
         yield {"what": "noise", "recipe": recipe, "output_db": gains[0], "gradient_db": gains[1:], "ok": good}
 
 
+def decoding(place: Any) -> Iterator[dict[str, Any]]:
+    """A product of decoding, of one row and of 64: signal over noise (18 dB), and the error beside what was rounded."""
+    into, out = (128, 37) if place.dry else (15680, 4480)
+    weight = torch.randn(out, into, device=place.device, dtype=place.dtype)
+    held = fp8.weight(weight)
+    for tokens in (1, 64):
+        x = torch.randn(tokens, into, device=place.device, dtype=place.dtype)
+        y, true = ops.linear(x, held).double(), x.double() @ weight.double().t()
+        rounded = quantise(x, "row").wide().double() @ packed.unpack(held).double().t()
+        gain, apart = (20 * torch.log10(true.norm() / (true - y).norm()), (y - rounded).norm() / rounded.norm())
+        yield {"what": "decoding", "tokens": tokens, "output_db": gain.item(), "error": apart.item(),
+               "ok": bool(gain > 18 and apart < 1e-2)}  # fmt: skip
+
+
 def layouts(place: Any) -> Iterator[dict[str, Any]]:
     """Which products are native; and operands that break one rule each: each should be refused by both."""
     for kind_a, kind_b, dtype in KINDS:
-        said = precision.native(place.device, kind_a, kind_b, dtype, E4M3)
+        said = fp8.native(place.device, kind_a, kind_b, dtype, E4M3)
         yield {
             "what": "native",
             "kinds": f"{kind_a} x {kind_b}",
@@ -62,7 +78,7 @@ def layouts(place: Any) -> Iterator[dict[str, Any]]:
     }
     for rule, pair in broken.items():
         refusals: list[bool] = []
-        for attempt in (lambda p=pair: check_layout(*p), lambda p=pair: precision._scaled_mm(*p, torch.bfloat16)):
+        for attempt in (lambda p=pair: check_layout(*p), lambda p=pair: fp8._scaled_mm(*p, torch.bfloat16)):
             try:
                 attempt()
                 refusals.append(False)

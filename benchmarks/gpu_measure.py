@@ -468,9 +468,10 @@ def scan(place: Place) -> Iterator[Record]:
 
 def fp8(place: Place) -> Iterator[Record]:
     """Each FP8 recipe: noise of a layer, whether we refuse what the device refuses, losses of a small hybrid."""
-    from gpu_fp8 import curves, layouts, noise
+    from gpu_fp8 import curves, decoding, layouts, noise
 
     yield from noise(place)
+    yield from decoding(place)
     yield from layouts(place)
     yield from curves(place, trainer)
 
@@ -503,6 +504,13 @@ def long_step(place: Place) -> Iterator[Record]:
         yield attempted({"model": name, "tokens": tokens}, work)
 
 
+def few_bits(place: Place) -> Iterator[Record]:
+    """Decoding of the 9B shape at 4k with weights in int8, int4 and FP8, as `decode` does."""
+    from gpu_bits import decoding
+
+    yield from decoding(place, speed(place)[0])
+
+
 def check(place: Place) -> Iterator[Record]:
     """Every kernel against float64 and `ops/torch`, an operation a record; the last sums up."""
     import torch
@@ -524,7 +532,8 @@ ROWS: dict[str, Limits] = {
     "check": Limits(check, 40, 120), "ceilings": Limits(ceilings, 12, 30), "decode": Limits(decode, 25, 60),
     "peers": Limits(peers, 45, 110), "train": Limits(train, 40, 100), "whole_context": Limits(whole_context, 25, 50),
     "scan": Limits(scan, 20, 45), "long_prompts": Limits(long_prompts, 40, 80), "fp8": Limits(fp8, 30, 150),
-    "long_step": Limits(long_step, 30, 60), "peers_more": Limits(peers_more, 60, 200),
+    "long_step": Limits(long_step, 30, 60), "few_bits": Limits(few_bits, 30, 90),
+    "peers_more": Limits(peers_more, 60, 200),
 }  # fmt: skip
 """The rows by worth."""
 

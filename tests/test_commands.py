@@ -70,6 +70,8 @@ def test_what_chat_is_given_arrives(folder: Path, tmp_path: Path, talked: dict[s
     assert talked["engine"].max_sequences == 1
     sampling = talked["sampling"]
     assert (sampling.max_tokens, sampling.temperature, sampling.stop) == (5, 0.5, ("a", "b"))
+    assert cli.main(["chat", str(folder), "--dtype", "fp8"]) == 7
+    assert {m.form for m in talked["engine"].model.modules() if hasattr(m, "form")} == {"fp8"}
 
 
 def answers(path: Path) -> list[dict[str, Any]]:

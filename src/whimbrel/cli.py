@@ -39,7 +39,7 @@ Model = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, float64, float16; bfloat16 on a GPU.")]
+Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, float64, float16; on a GPU bfloat16, fp8.")]
 StateDtype = Annotated[str, typer.Option(help="Recurrent states: float32, or float16, which halves them.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:1.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the CPU; 0 measures which number is fastest now.")]
@@ -179,7 +179,7 @@ def plan(
     memory: Annotated[str, typer.Option(metavar="SIZE", help="What the device has, for instance 22GiB.")],
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a sequence, prompt and answer.")],
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Numbers of weights and cache.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Numbers of weights and cache; int8, int4, fp8.")] = "bfloat16",
     bandwidth: Annotated[
         str | None, typer.Option(metavar="RATE", help="For instance 600GB/s; measured here if not given.")
     ] = None,
@@ -215,7 +215,7 @@ def bench(
     context: Annotated[str, typer.Option(metavar="TOKENS,…", help="Lengths of prompts, and depths.")] = "512,4096",
     batch: Annotated[str, typer.Option(metavar="N,…", help="Sequences that decode together.")] = "1,4,16",
     dtype: Annotated[
-        str, typer.Option(help="Weights: float32, float16, int8, int4; GPU: float32, bfloat16.")
+        str, typer.Option(help="Weights: float32, int8, int4, fp8; CPU: float16; GPU: bfloat16.")
     ] = "float32",
     state_dtype: StateDtype = "float32",
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 leaves the number to torch.")] = 0,

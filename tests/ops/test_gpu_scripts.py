@@ -44,7 +44,7 @@ def test_operations_that_failed_the_check_run_in_torchs_form(tmp_path, monkeypat
 
     out = tmp_path / "results.jsonl"
     words = [name.split(" ")[0] for name, *_ in cases(True, torch.float32)]
-    words += ["conv_step", "ssd_step", "mamba_step", "paged_attention"]
+    words += ["conv_step", "ssd_step", "mamba_step", "paged_attention", "linear"]
 
     def after(bad, seen):
         rows = [{"row": "check", "case": f"{word} bfloat16", "ok": word not in bad} for word in seen]

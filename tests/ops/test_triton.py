@@ -334,7 +334,21 @@ def test_the_form_is_chosen_in_one_place():
     with ops.using("torch"):
         assert type(ops.rms_norm(x, weight, 1e-5).grad_fn).__name__ != "_NormBackward"
     on_gpu = ops.active("cuda")
-    assert on_gpu["ssd"] == "triton" and on_gpu["linear"] == "torch" and set(on_gpu) == set(ops.OPERATIONS)
+    assert on_gpu["ssd"] == on_gpu["linear"] == "triton" and on_gpu["layer_norm_1p"] == "torch"
+    assert set(on_gpu) == set(ops.OPERATIONS)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (9, 48), (3, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_cast_to_fp8_as_torch_does(shape, dtype):
+    from whimbrel.ops import fp8
+    from whimbrel.ops.triton import quantise
+
+    x = (normal(*shape) * torch.logspace(-3, 3, shape[0])[:, None]).to(dtype)
+    x[0, :] = 448 * 2.0**-9 if shape[0] > 1 else 0  # a power of two as it is; a row of zeros
+    codes, scales = quantise.by_rows(apart(x).to(DEVICE))
+    true = fp8.quantise(x, "row")
+    assert torch.equal(scales.cpu(), true.scale) and torch.equal(codes.cpu().float(), true.codes.float())
 
 
 @pytest.mark.parametrize("relu2", [False, True])

@@ -7,6 +7,7 @@ against both other forms on a GPU before anything is timed there (`benchmarks/gp
 
 from whimbrel.ops.triton.attention import attention, rotary
 from whimbrel.ops.triton.conv import conv, conv_step
+from whimbrel.ops.triton.fewbits import linear
 from whimbrel.ops.triton.gated import gated_norm
 from whimbrel.ops.triton.head import cross_entropy, kl, log_prob
 from whimbrel.ops.triton.mamba import mamba_step
@@ -23,6 +24,7 @@ __all__ = [
     "cross_entropy",
     "gated_norm",
     "kl",
+    "linear",
     "log_prob",
     "mamba_step",
     "paged_attention",
