@@ -130,7 +130,10 @@ def test_convolution(lengths, channels, width, biased, seed):
     seed=st.integers(0, 99),
 )
 def test_a_layer_is_its_parts(lengths, shared, groups, width, size, taps, biased, limited, seed):
-    """Outputs are those of the parts bit for bit, and gradients but for the rounding of a softplus's."""
+    """Outputs are those of the parts bit for bit, gradients too but for the rounding of a softplus's slope.
+
+    The parts are held to float64 by the other tests here.
+    """
     g, segments, heads = torch.Generator().manual_seed(seed), Segments.of(lengths), shared * groups
     inner, channels = heads * width, heads * width + 2 * groups * size
     leaves = {
@@ -146,10 +149,10 @@ def test_a_layer_is_its_parts(lengths, shared, groups, width, size, taps, biased
     parts = of_parts(vectorised.step_size, cpu.conv, cpu.ssd, cpu.gated_norm)
     up = torch.randn(sum(lengths), inner, generator=g)
 
-    def learned(form, dtype=torch.float32):
-        row = [None if v is None else v.to(dtype).clone().requires_grad_() for v in leaves.values()]
+    def learned(form):
+        row = [None if v is None else v.clone().requires_grad_() for v in leaves.values()]
         y = form(*row, *more)
-        y.backward(up.to(dtype))
+        y.backward(up)
         return y.detach(), {name: v.grad for name, v in zip(leaves, row, strict=True) if v is not None}
 
     for isa in ISAS:
@@ -158,13 +161,10 @@ def test_a_layer_is_its_parts(lengths, shared, groups, width, size, taps, biased
             with torch.no_grad():
                 assert torch.equal(cpu.mamba_layer(*leaves.values(), *more), y), isa
         assert torch.equal(y, expected), isa
+        terms_H = expected_gradients["z"][:, -heads:].abs().sum(0).clamp(min=0.1)  # much of their sum cancels
+        terms = {"dt_bias": terms_H}
         for name, gradient in gradients.items():
-            assert gap(gradient, expected_gradients[name]) < 1e-5, (isa, name)
-    true = learned(
-        of_parts(vectorised.step_size, vectorised.conv, vectorised.ssd, vectorised.gated_norm), torch.float64
-    )
-    assert gap(y, true[0]) < 2e-5
-    assert all(gap(gradients[name], true[1][name]) < 2e-5 for name in gradients if name not in ("a", "dt_bias"))
+            assert gap(gradient, expected_gradients[name], terms.get(name)) < 2e-6, (isa, name)
 
 
 @settings(max_examples=25, deadline=None)
