@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from whimbrel import ops
 from whimbrel.model.config import ModelConfig
-from whimbrel.model.layout import Layout
+from whimbrel.model.layout import ALONE, Layout
 from whimbrel.model.linear import Linear
 from whimbrel.model.state import State
 
@@ -44,6 +44,8 @@ class Mamba2(nn.Module):
         """
         config = self.config
         z_TK, count, parts = self.in_proj(x_TD), layout.decodes, []
+        if state is None and layout.exchange is ALONE:
+            return self.out_proj(ops.mamba_layer(z_TK, *self._weights(), layout.segments, *self._settings()))
         if count:
             assert state is not None, "sequences decode only with a state"
             parts.append(self._step(z_TK[:count], layout, state, layer))
@@ -54,6 +56,13 @@ class Mamba2(nn.Module):
             y_TD = self._scan(xbc_TI, dt_TH, layout, state, layer)
             parts.append(ops.gated_norm(y_TD, gate_TD, self.norm_weight, config.n_groups, config.norm_eps))
         return self.out_proj(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        bias = (self.conv_bias, self.dt_bias)
+        return self.conv_weight, *bias, -self.A_log.exp(), self.D, self.norm_weight
+
+    def _settings(self) -> tuple[int, float, tuple[float, float]]:
+        return self.config.n_groups, self.config.norm_eps, self.config.time_step_limit
 
     def _split(self, xbc_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_THP, b_TGN, c_TGN."""
@@ -66,14 +75,13 @@ class Mamba2(nn.Module):
 
     def _step(self, z_SK: Tensor, layout: Layout, state: State, layer: int) -> Tensor:
         assert layout.slots is not None
-        config, more = self.config, {}
+        more = {}
         if state.ssm[layer].dtype == torch.float16:
             # Of the position and the layer: neither slot nor batch mates change how a state is rounded.
             more = {"seed": layout.key_counts()[: layout.decodes] * 4096 + layer}
         return ops.mamba_step(
-            z_SK, self.conv_weight, self.conv_bias, self.dt_bias, -self.A_log.exp(), self.D, self.norm_weight,
-            state.conv[layer], state.ssm[layer], layout.slots[: layout.decodes], config.n_groups, config.norm_eps,
-            config.time_step_limit, **more,
+            z_SK, *self._weights(), state.conv[layer], state.ssm[layer], layout.slots[: layout.decodes],
+            *self._settings(), **more,
         )  # fmt: skip
 
     def _scan(self, xbc_TI: Tensor, dt_TH: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
