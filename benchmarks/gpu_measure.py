@@ -19,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -440,7 +441,8 @@ def scan(place: Place) -> Iterator[Record]:
     for name, heads, width, size in () if place.dry else gpu_floors.SCANS:
         shapes += [(name, heads, 8, width, size, length) for length in gpu_floors.LENGTHS]
     for shape, heads, groups, width, size, tokens in shapes:
-        row = [v.to(place.device) for v in (t.float() for t in scan_inputs(tokens, heads, groups, width, size, 1)[:6])]
+        with torch.device(place.device):  # numbers made there: the host would take longer than the row may
+            row = [v.float() for v in scan_inputs(tokens, heads, groups, width, size, 1)[:6]]
         for at in (0, 3, 4):
             row[at] = row[at].to(place.dtype)
         leaves = [v.requires_grad_() for v in row]
@@ -652,7 +654,8 @@ def measured(found: list[Record]) -> str:
 
 def write(out: Path, place: Place, floors: list[Record], found: list[Record], bad: list[str]) -> None:
     """All of this run as one file beside `out`, whole or not at all."""
-    command = "python benchmarks/gpu_measure.py " + " ".join(sys.argv[1:])
+    words = [out.name if word == str(out) else word for word in sys.argv[1:]]
+    command = " ".join(["python benchmarks/gpu_measure.py", *words])
     note = "a dry run: tiny shapes on a CPU, kernels interpreted; only the floors mean something" if place.dry else ""
     said = found[0] | {"command": command, "note": note, "failed": bad, "floors": floors, "records": found[1:]}
     whole = out.with_suffix(".json")
@@ -693,13 +696,16 @@ def named(cases: Iterator[str]) -> set[str]:
 
 
 def machine(place: Place) -> Record:
-    """Date, commit, versions and device."""
+    """Date, commit, versions and device. The process that waits for the rows must not open the card itself."""
     import torch
 
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
     ).stdout.strip()
-    gpu = "none (dry run)" if place.dry else torch.cuda.get_device_name()
+    gpu = "none (dry run)"
+    if not place.dry:
+        ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        gpu = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which(ask[0]) else "unknown"
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit, "torch": torch.__version__, "gpu": gpu}
 
 
