@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -17,7 +17,9 @@ from tokenizers import Tokenizer as Backend
 from whimbrel.errors import UserError
 from whimbrel.text import chat, folder
 from whimbrel.text.stream import TextStream
-from whimbrel.text.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from whimbrel.text.template import ChatTemplate
 
 # Merges stay inside one of these, in the manner of the Nemotron tokenizer's pattern: a digit stands alone.
 WORDS = "|".join(
@@ -234,6 +236,8 @@ class Tokenizer:
                 "this model's folder has no chat template; generate from plain text, or use an instruct model"
             )
         ends = [token for i in self.eos_ids if (token := self._backend.id_to_token(i)) is not None]
+        from whimbrel.text.template import ChatTemplate  # jinja2, which a bare GPU machine may lack
+
         return ChatTemplate(self.chat_template, self._special_tokens, ends)
 
 
