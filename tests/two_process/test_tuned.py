@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import launch
-from tuned import LOOP, RUNS, give, go
+from tuned import RUNS, give, tuned
 
 from whimbrel import config
+from whimbrel.align.grpo import GrpoSettings
 from whimbrel.align.preference import PreferenceSettings
 from whimbrel.align.reward import RewardModel, RewardSettings
 from whimbrel.align.sft import SftSettings
@@ -27,10 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     place = tmp_path_factory.mktemp("tuned")
     teach(build(place / "given"), place / "given")
-    given = give(place / "given")
+    give(place / "given")
     launch("tuned.py", 2, place)
     for stage in sorted({stage for stage, _ in RUNS.values()}):
-        go(stage, given, place / "alone" / stage, **LOOP)
+        tuned(stage, place / "given", place / "alone" / stage, {})
     return place
 
 
@@ -87,6 +89,33 @@ def test_a_reward_model_of_two_ranks_is_read_by_one(folder: Path) -> None:
         assert RewardModel(folder / name).rewards(rows) == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_grpo_over_ranks_draws_what_one_rank_draws(folder: Path) -> None:
+    """All figures of the answers are equal, and there was something to learn and to judge."""
+    for name in ("grpo", "grpo-odd"):
+        for mine, alone in zip(records(folder / name), records(folder / "alone" / name), strict=True):
+            drawn = ("reward", "groups_kept", "cut", "answer_tokens", "thinking_tokens", "accuracy", "accuracy_off")
+            assert {key: mine.get(key) for key in drawn} == {key: alone.get(key) for key in drawn}
+        steps = [line for line in records(folder / name) if "reward" in line]
+        assert len(steps) == 3 and all(0 < line["groups_kept"] < 1 and line["grad_norm"] > 0 for line in steps)
+        assert sum("accuracy" in line for line in records(folder / name)) == 2
+
+
+@pytest.mark.slow
+def test_one_rank_goes_on_with_what_two_began(folder: Path, tmp_path: Path) -> None:
+    """GRPO from the second of three steps."""
+    shutil.copytree(folder / "grpo-odd", tmp_path / "one", ignore=shutil.ignore_patterns("model", "step-00000003"))
+    tuned("grpo-odd", folder / "given", tmp_path / "one", {})
+    ours, theirs = (
+        load_file(place / "model" / "model.safetensors") for place in (tmp_path / "one", folder / "grpo-odd")
+    )
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=1e-6)
+    assert [line["step"] for line in records(tmp_path / "one")] == [
+        line["step"] for line in records(folder / "grpo-odd")
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "say"),
     [
@@ -96,6 +125,8 @@ def test_a_reward_model_of_two_ranks_is_read_by_one(folder: Path) -> None:
         (PreferenceSettings, {"train": {"accumulate": 2, "parallel": {"context": 2, "data": 2}}},
          "context is 2, but pairs are not cut; set train.parallel.context to 1 and train.parallel.data to 4"),
         (RewardSettings, {"train": {"parallel": {"context": 2}}}, "context is 2, but conversations with one label"),
+        (GrpoSettings, {"train": {"parallel": {"fsdp": 2}}}, "draws with a whole model; set .*data to 2"),
+        (GrpoSettings, {"groups": 2, "train": {"parallel": {"data": 3}}}, "is 3, more than groups 2; set groups to 3"),
     ],
 )  # fmt: skip
 def test_axes_that_a_stage_cannot_use_are_refused_at_once(kind: Any, changes: dict[str, Any], say: str) -> None:

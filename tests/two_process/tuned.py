@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "align"))
 from equal import worst
 from small import Rows
 from small_world import network, vocabulary, write
-from test_stages import go
+from test_stages import STAGES, go
 
-from whimbrel.align import lora
+from whimbrel.align import grpo, lora
 from whimbrel.align.lora import LoraSettings
 from whimbrel.align.preference import Preference, read_pairs
 from whimbrel.align.reward import Regression, RewardSettings, attach, read_ratings
@@ -39,9 +39,21 @@ RUNS: dict[str, tuple[str, dict[str, int]]] = {
     "rpo": ("rpo", {"fsdp": 2}),
     "reward": ("reward", {"fsdp": 2}),
     "reward-cut": ("reward", {"tensor": 2}),
+    "grpo": ("grpo", {"data": 2}),
+    "grpo-odd": ("grpo-odd", {"data": 2}),
 }
 """Runs by name: the stage of tests/align/test_stages.py, and its axes."""
+ODD = {"groups": 23, "group_size": 3, "max_tokens": 40, "micro_tokens": 150, "updates": 2, "off": 0.2}
+"""Prompts, groups and micro-batches that two ranks cannot share evenly; each learns twice from what was drawn."""
+STAGES["grpo-odd"] = (grpo.run, grpo.GrpoSettings, ODD)
 LOOP = {"steps": 3, "accumulate": 2, "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.0}}
+
+
+def tuned(stage: str, folder: Path, out: Path, axes: dict[str, int]) -> None:
+    """Run a stage for three steps."""
+    loop: dict[str, Any] = LOOP | ({"accumulate": 1} if stage.startswith("grpo") else {})
+    figures = go(stage, world(folder), out, **loop, parallel=axes)
+    assert figures["step"] == LOOP["steps"]
 
 
 def talks() -> tuple[list[Any], list[Any]]:
@@ -61,11 +73,10 @@ def world(folder: Path) -> dict[str, Path]:
     return {"model": folder} | {name: folder / f"{name}.jsonl" for name in names}
 
 
-def give(folder: Path) -> dict[str, Path]:
+def give(folder: Path) -> None:
     """Pairs and ratings beside what is there."""
     for name, rows in zip(("pairs", "rated"), talks(), strict=True):
         write(folder / f"{name}.jsonl", rows)
-    return world(folder)
 
 
 def away(made: Any, objective: Objective, batches: Sequence[Any], axes: dict[str, int]) -> dict[str, Any]:
@@ -125,8 +136,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     found = objectives()
     for name, (stage, axes) in RUNS.items():
-        figures = go(stage, world(folder / "given"), folder / name, **LOOP, parallel=axes)
-        assert figures["step"] == LOOP["steps"]
+        tuned(stage, folder / "given", folder / name, axes)
     if os.environ["RANK"] == "0":
         (folder / "objectives.json").write_text(json.dumps(found, indent=1))
 

@@ -161,6 +161,7 @@ STAGES: Mapping[str, Stage] = {
         optional=("validation",),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "merge": Stage(
         settings="whimbrel.align.merge:MergeSettings",
