@@ -28,6 +28,7 @@ from whimbrel.align.rollout import Sample, accuracy, pack, read_prompts, reward
 from whimbrel.align.tuning import check_axes, check_counts, check_shares, load
 from whimbrel.data.order import Permutation
 from whimbrel.engine import Engine, Sampling
+from whimbrel.engine.memory import default_kv_tokens
 from whimbrel.engine.prompt import read_prompt
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
@@ -296,6 +297,17 @@ def judge(settings: GrpoSettings, engine: Engine, rows: Sequence[Row], share: Sh
     }
 
 
+def limit(engine: Engine, rows: Sequence[Row], max_tokens: int) -> None:
+    """Room for the longest prompt and answer in every slot, and no more: by itself an engine takes what a device has
+    free, and here gradients, moments and activations come later.
+    """
+    vocabulary, size = engine.model.config.vocab_size, engine.block_size
+    longest = max(len(read_prompt(row["prompt"], engine.tokenizer, on, vocabulary)[0])
+                  for row in rows for on in (True, False))  # fmt: skip
+    most = default_kv_tokens(engine.model.config, engine.max_sequences, size, engine.dtype, engine.device)
+    engine.kv_tokens = min(most, engine.max_sequences * -(-(longest + max_tokens) // size) * size)
+
+
 @torch.no_grad()
 def _trial(model: LanguageModel) -> None:
     model(torch.zeros(8, 64, dtype=torch.int64, device=model.device))
@@ -310,7 +322,8 @@ def run(settings: GrpoSettings, inputs: Mapping[str, Path], out: Path, report: R
     reference = load(inputs["model"], device)[0].requires_grad_(False) if settings.kl != "none" else None
     with applied(model, settings.train.parallel) as share:
         trainer = Trainer(settings, model, tokenizer, reference)
-        told = report if share.first else silent
-        figures = grpo(settings, rows, held[: settings.validation_prompts], trainer, out, told)
+        told, held = report if share.first else silent, held[: settings.validation_prompts]
+        limit(trainer.engine, [*rows, *held], settings.max_tokens)
+        figures = grpo(settings, rows, held, trainer, out, told)
     model.save(out / "model", resolve(inputs["model"]))
     return figures

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from whimbrel import __version__
 from whimbrel.errors import UserError
 from whimbrel.files import atomic_write
 from whimbrel.pipeline.child import GRACE, Job, Lost, Seat, StageError, attend
@@ -138,7 +139,7 @@ class Line:
 
 def digest(recipe: Recipe) -> str:
     """What hosts must have in common."""
-    return hashlib.sha256(recipe.text().encode()).hexdigest()
+    return hashlib.sha256(f"{__version__}\n{recipe.text()}".encode()).hexdigest()
 
 
 def _trouble(error: BaseException) -> Trouble:
@@ -164,6 +165,8 @@ class Leader:
         """
         if job.node.processes == 1 or not self.others:
             return attend(job, hear)
+        if gone := [host for host, line in self.others.items() if line.bad.is_set()]:
+            raise _gone(job, gone[0])
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
@@ -179,13 +182,17 @@ class Leader:
         for host, line in self.others.items():
             word = line.hear(2 * GRACE)
             if word is None:
-                text = f"stage {job.node.name}: host {host} is gone; the same command on every host goes on from the "
-                found.append(StageError(f"{text}last save (log: {job.log.with_suffix(f'.host{host}.log')})"))
+                found.append(_gone(job, host))
             elif word["ended"]:
                 found.append(_error(word["ended"]))
         if found:
             raise next((error for error in found if not isinstance(error, Lost)), found[0])
         return last
+
+
+def _gone(job: Job, host: int) -> StageError:
+    what = f"stage {job.node.name}: host {host} is gone; the same command on every host goes on from the last save"
+    return StageError(f"{what} (log: {job.log.with_suffix(f'.host{host}.log')})")
 
 
 @contextmanager

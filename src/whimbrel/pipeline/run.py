@@ -244,4 +244,4 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-__all__ = ["StageError", "Stopped", "run"]
+__all__ = ["Hosts", "StageError", "Stopped", "run"]
