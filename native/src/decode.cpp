@@ -37,7 +37,9 @@ struct Sizes {
         const int64_t floats = d.rows * (2 * d.width + 2 * widest_out + 2 * d.half) + pieces * d.heads * kept(d);
         return (4 * floats + Activations::bytes(d.rows, widest_in) + 1024 + 8 * fence) / 64 * 64;
     }
-    size_t own(const Decode& d) const { return (Activations::bytes(d.rows, widest_in) + 127) / 64 * 64; }
+    size_t own(const Decode& d) const {
+        return (Activations::bytes(d.rows, widest_in) + 4 * d.heads * stretch + 127 + fence) / 64 * 64;
+    }
 };
 
 void normalise(const float* x, const float* weight, const float* bias, float* y, int64_t width, float eps) {
@@ -125,6 +127,7 @@ class Share {
     float *x, *change, *wide, *gate;   // [rows, width] twice, [rows, widest_out] twice
     float *cos, *sin, *pieces;         // [rows, half] twice, [pieces, heads, kept]
     Activations mixed, input;          // of all threads, and of this one alone
+    float* weights;                    // of this one: [heads, stretch]
 
 public:
     Share(const Decode& d, const Sizes& sizes, char* memory, int thread, int team)
@@ -137,7 +140,8 @@ public:
           sin(take<float>(memory, d.rows * d.half)),
           pieces(take<float>(memory, sizes.pieces * d.heads * kept(d))),
           mixed(memory, d.rows, sizes.widest_in),
-          input(memory += sizes.own(d) * thread, d.rows, sizes.widest_in) {}
+          input(memory += sizes.own(d) * thread, d.rows, sizes.widest_in),
+          weights(take<float>(memory, d.heads * stretch)) {}
 
     void run() {
         for (int64_t r = thread; r < d.rows; r += team) {
@@ -330,7 +334,7 @@ private:
 
     template <typename T>
     void attend(const Layer& l, const Part& part) {
-        Attend<T> over{d, l, {}, {}};
+        Attend<T> over{d, l, weights, {}};
         int64_t unit = 0;
         for (int64_t r = 0; r < d.rows; r++) {
             const int64_t size = piece(d.lengths[r]);

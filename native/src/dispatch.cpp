@@ -22,6 +22,7 @@
     void relu2(const Relu2&, int);                                                \
     void matmul(const Matmul&, int);                                              \
     void cross_entropy(const Entropy&, int);                                      \
+    void divergence(const Divergence&, int);                                      \
     }                                                                             \
     DECLARE_PRODUCTS(isa)
 
@@ -48,6 +49,7 @@ struct Form {
     void (*relu2)(const Relu2&, int);
     void (*matmul)(const Matmul&, int);
     void (*cross_entropy)(const Entropy&, int);
+    void (*divergence)(const Divergence&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*decode)(const Decode&, int);
@@ -56,7 +58,8 @@ struct Form {
 #define FORM(name, isa, products, here)                                                                       \
     Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::relu2, whimbrel::isa::matmul, whimbrel::isa::cross_entropy, whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
+         whimbrel::isa::relu2, whimbrel::isa::matmul, whimbrel::isa::cross_entropy, whimbrel::isa::divergence,        \
+         whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
 
 #ifdef WHIMBREL_AVX512
 bool wide() {
@@ -119,6 +122,8 @@ void whimbrel_relu2(const Relu2* relu2, int threads) { now->relu2(*relu2, thread
 void whimbrel_matmul(const Matmul* matmul, int threads) { now->matmul(*matmul, threads); }
 
 void whimbrel_cross_entropy(const Entropy* entropy, int threads) { now->cross_entropy(*entropy, threads); }
+
+void whimbrel_divergence(const Divergence* divergence, int threads) { now->divergence(*divergence, threads); }
 
 void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 

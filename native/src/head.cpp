@@ -1,4 +1,5 @@
-// Cross-entropy of rows of logits, and in their place its gradient: (softmax - target) times what stands before each row.
+// Losses of rows of logits, and in their place the gradient: (softmax - target) times what stands before each row, where the
+// target is one entry (cross-entropy) or the softmax of a teacher (Kullback-Leibler divergence).
 
 #include <cmath>
 
@@ -6,6 +7,23 @@
 #include "whimbrel.h"
 
 namespace whimbrel::WHIMBREL_ISA {
+
+namespace {
+
+float most_of(const float* x, int64_t columns) {
+    const int64_t whole = columns - columns % lanes;
+    vec tops = broadcast(x[0]);
+    for (int64_t i = 0; i < whole; i += lanes) tops = larger(tops, load(x + i));
+    float most = largest(tops);
+    for (int64_t i = whole; i < columns; i++) most = std::max(most, x[i]);
+    return most;
+}
+
+// What is no number stays none.
+vec power(vec x) { return x == x ? fast_exp(x) : x; }
+float power(float x) { return x == x ? fast_exp(x) : x; }
+
+}  // namespace
 
 void cross_entropy(const Entropy& e, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -18,19 +36,16 @@ void cross_entropy(const Entropy& e, int threads) {
             if (e.learn) std::fill_n(x, e.columns, 0.0f);
             continue;
         }
-        float most = x[0];
-        vec tops = broadcast(most), total{};
-        for (int64_t i = 0; i < whole; i += lanes) tops = larger(tops, load(x + i));
-        most = largest(tops);
-        for (int64_t i = whole; i < e.columns; i++) most = std::max(most, x[i]);
+        const float most = most_of(x, e.columns);
+        vec total{};
         float rest = 0.0f;
         for (int64_t i = 0; i < whole; i += lanes) {
-            const vec from = load(x + i), v = from == from ? fast_exp(from - most) : from;  // what is no number stays none
+            const vec v = power(load(x + i) - most);
             total += v;
             if (e.learn) store(x + i, v);
         }
         for (int64_t i = whole; i < e.columns; i++) {
-            const float v = x[i] == x[i] ? fast_exp(x[i] - most) : x[i];
+            const float v = power(x[i] - most);
             rest += v;
             if (e.learn) x[i] = v;
         }
@@ -41,6 +56,35 @@ void cross_entropy(const Entropy& e, int threads) {
         for (int64_t i = 0; i < whole; i += lanes) store(x + i, load(x + i) * scale);
         for (int64_t i = whole; i < e.columns; i++) x[i] *= scale;
         x[target] -= up;
+    }
+}
+
+// sum_v p_v ((t_v - log T) - (s_v - log S)), p the softmax of t.
+void divergence(const Divergence& e, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < e.rows; r++) {
+        float *s = e.logits + r * e.columns, *t = e.teacher + r * e.columns;
+        e.loss[r] = 0.0f;
+        if (!e.columns) continue;
+        const int64_t whole = e.columns - e.columns % lanes;
+        const float most_s = most_of(s, e.columns), most_t = most_of(t, e.columns);
+        vec all_s{}, all_t{}, gap{};
+        for (int64_t i = 0; i < whole; i += lanes) {
+            const vec below_s = load(s + i) - most_s, below_t = load(t + i) - most_t, of_s = power(below_s), of_t = power(below_t);
+            all_s += of_s, all_t += of_t, gap += of_t * (below_t - below_s);
+            if (e.learn) store(s + i, of_s), store(t + i, of_t);
+        }
+        float sum_s = sum(all_s), sum_t = sum(all_t), sum_gap = sum(gap);
+        for (int64_t i = whole; i < e.columns; i++) {
+            const float below_s = s[i] - most_s, below_t = t[i] - most_t, of_s = power(below_s), of_t = power(below_t);
+            sum_s += of_s, sum_t += of_t, sum_gap += of_t * (below_t - below_s);
+            if (e.learn) s[i] = of_s, t[i] = of_t;
+        }
+        e.loss[r] = sum_gap / sum_t + static_cast<float>(std::log(static_cast<double>(sum_s)) - std::log(static_cast<double>(sum_t)));
+        if (!e.learn) continue;
+        const float up = e.up ? e.up[r] : 1.0f, scale_s = up / sum_s, scale_t = up / sum_t;
+        for (int64_t i = 0; i < whole; i += lanes) store(s + i, load(s + i) * scale_s - load(t + i) * scale_t);
+        for (int64_t i = whole; i < e.columns; i++) s[i] = s[i] * scale_s - t[i] * scale_t;
     }
 }
 

@@ -18,31 +18,57 @@ constexpr int64_t ahead = 4096;  // bytes between the weights in use and those a
 
 using Kernel = void (*)(const Projection&, const Activations&, int64_t band, float* y, int64_t stride, int64_t from, int64_t to);
 
+// Few rows wait for memory, and one stream of it per core does not fill the bus (Zen 4: 42 GB/s of float16, two far apart 58).
+// So outputs go in pairs, one of each half of [from, to), while their sums fit into the registers.
+template <int sums>
+constexpr int streams = sums <= (lanes == 16 ? 8 : 4) ? 2 : 1;
+
+// Calls `work` for outputs [from, to) in steps: as many at a time as there are streams, what is left alone.
+template <int many>
+[[gnu::always_inline]] inline void in_streams(int64_t from, int64_t to, int64_t step, auto work) {
+    const int64_t each = (to - from) / (many * step) * step;
+    for (int64_t o = from; o < from + each; o += step) {
+        int64_t at[many];
+        UNROLL for (int i = 0; i < many; i++) at[i] = o + i * each;
+        work.template operator()<many>(at);
+    }
+    for (int64_t o = from + many * each; o < to; o += step) work.template operator()<1>({o});
+}
+
 // ---- float32 and float16, row by row: `unrolled` vectors of a row have their own running sums.
-template <typename T, int count, int unrolled>
-void floats(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, int64_t from, int64_t to) {
-    constexpr int64_t step = unrolled * lanes;
+template <typename T, int count, int unrolled, int many>
+inline void outputs(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, const int64_t (&o)[many]) {
     const int64_t inputs = a.inputs;
     const float* x = a.x + band * inputs;
-    for (int64_t o = from; o < to; o++) {
-        const T* w = static_cast<const T*>(p.matrix.codes) + o * inputs;
-        vec total[count][unrolled] = {};
-        int64_t i = 0;
-        for (; i + step <= inputs; i += step)
-            UNROLL for (int u = 0; u < unrolled; u++) {
-                const int64_t at = i + u * lanes;
-                ask(w + at);
-                const vec weight = load(w + at);
-                UNROLL for (int s = 0; s < count; s++) total[s][u] += load(x + s * inputs + at) * weight;
+    const T* w[many];
+    UNROLL for (int m = 0; m < many; m++) w[m] = static_cast<const T*>(p.matrix.codes) + o[m] * inputs;
+    vec total[many][count][unrolled] = {};
+    int64_t i = 0;
+    for (; i + unrolled * lanes <= inputs; i += unrolled * lanes)
+        UNROLL for (int u = 0; u < unrolled; u++) {
+            const int64_t at = i + u * lanes;
+            UNROLL for (int m = 0; m < many; m++) {
+                ask(w[m] + at);
+                const vec weight = load(w[m] + at);
+                UNROLL for (int s = 0; s < count; s++) total[m][s][u] += load(x + s * inputs + at) * weight;
             }
-        UNROLL for (int s = 0; s < count; s++) {
-            vec all = total[s][0];
-            UNROLL for (int u = 1; u < unrolled; u++) all += total[s][u];
-            float value = sum(all) + (p.bias ? p.bias[o] : 0.0f);
-            for (int64_t k = i; k < inputs; k++) value += x[s * inputs + k] * widen(w[k]);
-            y[s * stride + o] = value;
         }
-    }
+    UNROLL for (int m = 0; m < many; m++)
+        UNROLL for (int s = 0; s < count; s++) {
+            vec all = total[m][s][0];
+            UNROLL for (int u = 1; u < unrolled; u++) all += total[m][s][u];
+            float value = sum(all) + (p.bias ? p.bias[o[m]] : 0.0f);
+            for (int64_t k = i; k < inputs; k++) value += x[s * inputs + k] * widen(w[m][k]);
+            y[s * stride + o[m]] = value;
+        }
+}
+
+template <typename T, int count>
+void floats(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, int64_t from, int64_t to) {
+    constexpr int unrolled = count <= 2 ? 4 : count <= 4 ? 2 : 1;
+    in_streams<streams<count * unrolled>>(from, to, 1, [&]<int many>(const int64_t (&o)[many]) {
+        outputs<T, count, unrolled, many>(p, a, band, y, stride, o);
+    });
 }
 
 // ---- the same for many rows: outputs are the lanes. A strip of weights is turned in the first cache and meets all rows.
@@ -138,91 +164,117 @@ inline __m256i four(const int8_t* codes) {  // of one row of activations, to all
 // Sums over 32 inputs: acc[s] of the rows of a panel with each of `count` rows of activations.
 #if defined(__AVX512VNNI__)
 // One factor of vpdpbusd has no sign: 128 is added to codes of 8 bits (those of 4 bits have their 8), and its sum taken off.
-template <int count>
-inline void dot(const int8_t* w, const int8_t* codes, const int32_t* sums, __m256i (&acc)[count]) {
-    UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_set1_epi32(16 * sums[s]);
-    UNROLL for (int k = 0; k < 8; k++) {
-        if (k % 2 == 0) ask(w + 32 * k);
-        const __m256i weight = _mm256_xor_si256(fetch(w + 32 * k), _mm256_set1_epi8(-128));
-        UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_dpbusd_epi32(acc[s], weight, four(codes + (k * count + s) * 4));
-    }
+template <int many, int count>
+inline void dot(const int8_t* const (&w)[many], const int8_t* codes, const int32_t* sums, __m256i (&acc)[many][count]) {
+    UNROLL for (int m = 0; m < many; m++)
+        UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_set1_epi32(16 * sums[s]);
+    UNROLL for (int k = 0; k < 8; k++)
+        UNROLL for (int m = 0; m < many; m++) {
+            if (k % 2 == 0) ask(w[m] + 32 * k);
+            const __m256i weight = _mm256_xor_si256(fetch(w[m] + 32 * k), _mm256_set1_epi8(-128));
+            UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_dpbusd_epi32(acc[m][s], weight, four(codes + (k * count + s) * 4));
+        }
 }
 
-template <int count>
-inline void dot(const uint8_t* w, const int8_t* codes, const int32_t* sums, __m256i (&acc)[count]) {
+template <int many, int count>
+inline void dot(const uint8_t* const (&w)[many], const int8_t* codes, const int32_t* sums, __m256i (&acc)[many][count]) {
     const __m256i low = _mm256_set1_epi8(15);
-    UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_set1_epi32(sums[s]);
-    UNROLL for (int k = 0; k < 4; k++) {
-        if (k % 2 == 0) ask(w + 32 * k);
-        const __m256i both = fetch(w + 32 * k);
-        const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-        UNROLL for (int s = 0; s < count; s++) {
-            acc[s] = _mm256_dpbusd_epi32(acc[s], first, four(codes + (2 * k * count + s) * 4));
-            acc[s] = _mm256_dpbusd_epi32(acc[s], second, four(codes + ((2 * k + 1) * count + s) * 4));
+    UNROLL for (int m = 0; m < many; m++)
+        UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_set1_epi32(sums[s]);
+    UNROLL for (int k = 0; k < 4; k++)
+        UNROLL for (int m = 0; m < many; m++) {
+            if (k % 2 == 0) ask(w[m] + 32 * k);
+            const __m256i both = fetch(w[m] + 32 * k);
+            const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            UNROLL for (int s = 0; s < count; s++) {
+                acc[m][s] = _mm256_dpbusd_epi32(acc[m][s], first, four(codes + (2 * k * count + s) * 4));
+                acc[m][s] = _mm256_dpbusd_epi32(acc[m][s], second, four(codes + ((2 * k + 1) * count + s) * 4));
+            }
         }
-    }
 }
 
 #else
-template <int count>
-inline void dot(const int8_t* w, const int8_t* codes, const int32_t*, __m256i (&acc)[count]) {
+template <int many, int count>
+inline void dot(const int8_t* const (&w)[many], const int8_t* codes, const int32_t*, __m256i (&acc)[many][count]) {
     const __m256i ones = _mm256_set1_epi16(1);
-    UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_setzero_si256();
-    UNROLL for (int k = 0; k < 8; k++) {
-        if (k % 2 == 0) ask(w + 32 * k);
-        const __m256i weight = fetch(w + 32 * k), size = _mm256_abs_epi8(weight);
-        UNROLL for (int s = 0; s < count; s++) {
-            const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four(codes + (k * count + s) * 4), weight));
-            acc[s] = _mm256_add_epi32(acc[s], _mm256_madd_epi16(pairs, ones));
+    UNROLL for (int m = 0; m < many; m++)
+        UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_setzero_si256();
+    UNROLL for (int k = 0; k < 8; k++)
+        UNROLL for (int m = 0; m < many; m++) {
+            if (k % 2 == 0) ask(w[m] + 32 * k);
+            const __m256i weight = fetch(w[m] + 32 * k), size = _mm256_abs_epi8(weight);
+            UNROLL for (int s = 0; s < count; s++) {
+                const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four(codes + (k * count + s) * 4), weight));
+                acc[m][s] = _mm256_add_epi32(acc[m][s], _mm256_madd_epi16(pairs, ones));
+            }
         }
-    }
 }
 
 // Four bits: eight products of 15 * 127 * 2 at most fit into 16 bits, so that they are widened once.
-template <int count>
-inline void dot(const uint8_t* w, const int8_t* codes, const int32_t* sums, __m256i (&acc)[count]) {
+template <int many, int count>
+inline void dot(const uint8_t* const (&w)[many], const int8_t* codes, const int32_t* sums, __m256i (&acc)[many][count]) {
     const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
-    UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_setzero_si256();
-    UNROLL for (int k = 0; k < 4; k++) {
-        if (k % 2 == 0) ask(w + 32 * k);
-        const __m256i both = fetch(w + 32 * k);
-        const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-        UNROLL for (int s = 0; s < count; s++) {
-            acc[s] = _mm256_add_epi16(acc[s], _mm256_maddubs_epi16(first, four(codes + (2 * k * count + s) * 4)));
-            acc[s] = _mm256_add_epi16(acc[s], _mm256_maddubs_epi16(second, four(codes + ((2 * k + 1) * count + s) * 4)));
+    UNROLL for (int m = 0; m < many; m++)
+        UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_setzero_si256();
+    UNROLL for (int k = 0; k < 4; k++)
+        UNROLL for (int m = 0; m < many; m++) {
+            if (k % 2 == 0) ask(w[m] + 32 * k);
+            const __m256i both = fetch(w[m] + 32 * k);
+            const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            UNROLL for (int s = 0; s < count; s++) {
+                acc[m][s] = _mm256_add_epi16(acc[m][s], _mm256_maddubs_epi16(first, four(codes + (2 * k * count + s) * 4)));
+                acc[m][s] = _mm256_add_epi16(acc[m][s], _mm256_maddubs_epi16(second, four(codes + ((2 * k + 1) * count + s) * 4)));
+            }
         }
-    }
-    UNROLL for (int s = 0; s < count; s++) acc[s] = _mm256_add_epi32(_mm256_madd_epi16(acc[s], ones), _mm256_set1_epi32(sums[s]));
+    UNROLL for (int m = 0; m < many; m++)
+        UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_add_epi32(_mm256_madd_epi16(acc[m][s], ones), _mm256_set1_epi32(sums[s]));
 }
 #endif
 
-template <typename T, int bits, int count>
-void panels(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, int64_t from, int64_t to) {
+template <typename T, int bits, int count, int many>
+inline void eight(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, const int64_t (&o)[many], int64_t to) {
     const Matrix& m = p.matrix;
     const int64_t blocks = m.group / block;
-    for (int64_t o = from; o < to; o += 8) {
-        const T* w = static_cast<const T*>(m.codes) + o * m.inputs * bits / 8;
-        const uint16_t* scale = m.scales + o * (m.inputs / m.group);
-        const int8_t* codes = a.codes + band * m.inputs;
-        const float* scales = a.scales + band * (m.inputs / block);
-        const int32_t* sums = a.sums + band * (m.inputs / block);
-        __m256 total[count] = {};
-        for (int64_t g = 0; g < m.inputs; g += m.group, scale += 8) {
-            const __m256 of_rows = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale)));
-            for (int64_t b = 0; b < blocks; b++) {
-                __m256i acc[count];
-                dot(w, codes, sums, acc);
-                UNROLL for (int s = 0; s < count; s++)
-                    total[s] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[s]), _mm256_mul_ps(of_rows, _mm256_set1_ps(scales[s])), total[s]);
-                w += block * bits, codes += block * count, scales += count, sums += count;
-            }
+    const T* w[many];
+    const uint16_t* scale[many];
+    UNROLL for (int i = 0; i < many; i++) {
+        w[i] = static_cast<const T*>(m.codes) + o[i] * m.inputs * bits / 8;
+        scale[i] = m.scales + o[i] * (m.inputs / m.group);
+    }
+    const int8_t* codes = a.codes + band * m.inputs;
+    const float* scales = a.scales + band * (m.inputs / block);
+    const int32_t* sums = a.sums + band * (m.inputs / block);
+    __m256 total[many][count] = {};
+    for (int64_t g = 0; g < m.inputs; g += m.group) {
+        __m256 of_rows[many];
+        UNROLL for (int i = 0; i < many; i++) {
+            of_rows[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale[i])));
+            scale[i] += 8;
         }
-        UNROLL for (int s = 0; s < count; s++) {
-            float of_row[8];
-            _mm256_storeu_ps(of_row, total[s]);
-            finish(p, of_row, y + s * stride, o, to);
+        for (int64_t b = 0; b < blocks; b++) {
+            __m256i acc[many][count];
+            dot(w, codes, sums, acc);
+            UNROLL for (int i = 0; i < many; i++) {
+                UNROLL for (int s = 0; s < count; s++)
+                    total[i][s] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][s]), _mm256_mul_ps(of_rows[i], _mm256_set1_ps(scales[s])), total[i][s]);
+                w[i] += block * bits;
+            }
+            codes += block * count, scales += count, sums += count;
         }
     }
+    UNROLL for (int i = 0; i < many; i++)
+        UNROLL for (int s = 0; s < count; s++) {
+            float of_row[8];
+            _mm256_storeu_ps(of_row, total[i][s]);
+            finish(p, of_row, y + s * stride, o[i], to);
+        }
+}
+
+template <typename T, int bits, int count>
+void panels(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, int64_t from, int64_t to) {
+    in_streams<streams<2 * count>>(from, to, 8, [&]<int many>(const int64_t (&o)[many]) {
+        eight<T, bits, count, many>(p, a, band, y, stride, o, to);
+    });
 }
 
 #else
@@ -256,12 +308,7 @@ void panels(const Projection& p, const Activations& a, int64_t band, float* y, i
     {kernel<__VA_ARGS__, 1>, kernel<__VA_ARGS__, 2>, kernel<__VA_ARGS__, 3>, kernel<__VA_ARGS__, 4>,                  \
      kernel<__VA_ARGS__, 5>, kernel<__VA_ARGS__, 6>, kernel<__VA_ARGS__, 7>, kernel<__VA_ARGS__, 8>}
 
-template <typename T, int count>
-constexpr Kernel floats_of = floats<T, count, count <= 2 ? 4 : count <= 4 ? 2 : 1>;
-
-#define ROWS(T) {floats_of<T, 1>, floats_of<T, 2>, floats_of<T, 3>, floats_of<T, 4>, floats_of<T, 5>, floats_of<T, 6>, floats_of<T, 7>, floats_of<T, 8>}
-
-constexpr Kernel kernels[4][most_rows] = {ROWS(float), ROWS(uint16_t), COUNTS(panels, int8_t, 8), COUNTS(panels, uint8_t, 4)};
+constexpr Kernel kernels[4][most_rows] = {COUNTS(floats, float), COUNTS(floats, uint16_t), COUNTS(panels, int8_t, 8), COUNTS(panels, uint8_t, 4)};
 
 }  // namespace
 

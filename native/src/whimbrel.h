@@ -84,6 +84,15 @@ struct Entropy {
     int64_t rows, columns, learn;
 };
 
+// KL(teacher || student) of rows of logits. learn: in place of the student's logits its gradient, times `up` (null: 1), and
+// the teacher's are spent.
+struct Divergence {
+    float *logits, *teacher;
+    const float* up;
+    float* loss;
+    int64_t rows, columns, learn;
+};
+
 // A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
 // and the sums of 8 rows fall into 8 lanes; w = scale * code, one float16 scale for each row and `group` inputs (32, 64 or
 // 128, a divisor of inputs), scales [outputs / 8, inputs / group, 8]. A last panel that is not full has rows of scale 0.
@@ -158,6 +167,7 @@ WHIMBREL_EXPORT void whimbrel_gated_norm_backward(const GatedNorm* norm, const G
 WHIMBREL_EXPORT void whimbrel_relu2(const Relu2* relu2, int threads);
 WHIMBREL_EXPORT void whimbrel_matmul(const Matmul* matmul, int threads);
 WHIMBREL_EXPORT void whimbrel_cross_entropy(const Entropy* entropy, int threads);
+WHIMBREL_EXPORT void whimbrel_divergence(const Divergence* divergence, int threads);
 WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);

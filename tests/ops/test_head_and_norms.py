@@ -121,7 +121,7 @@ def test_norms_compute_in_float32_and_return_what_came():
 
 def test_the_dispatcher_runs_the_form_asked_for():
     usual = ops.active()
-    assert usual["kl"] == "torch" and usual["ssd"] in ("cpu", "torch")
+    assert usual["step_size"] == "torch" and usual["ssd"] in ("cpu", "torch")
     for form in ("reference", "torch"):
         with ops.using(form):
             assert set(ops.active().values()) == {form}

@@ -254,36 +254,61 @@ def test_large_projections_are_native_and_keep_their_gradients(monkeypatch):
     vocabulary=st.integers(2, 70),
     chunk=st.integers(1, 50),
     alike=st.booleans(),
+    loss=st.sampled_from(["cross_entropy", "log_prob", "kl"]),
     seed=st.integers(0, 99),
 )
-def test_cross_entropy(tokens, width, vocabulary, chunk, alike, seed):
+def test_losses_of_the_head(tokens, width, vocabulary, chunk, alike, loss, seed):
     g = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(tokens, width, generator=g), 3 * torch.randn(vocabulary, width, generator=g)]
     targets = torch.randint(-1, vocabulary, (tokens,), generator=g)
     targets[targets < 0] = -100
+    teacher = [torch.randn(tokens, 7, generator=g), torch.randn(vocabulary, 7, generator=g)]
+    judge = teacher if loss == "kl" else [targets]
 
     def run(form):  # rows that weigh alike, and rows that do not, take different ways back
         def call(hidden, weight):
-            loss = form.cross_entropy(hidden, weight, targets, chunk)
-            return [loss.sum() * 0.3 if alike else loss]
+            loss_T = getattr(form, loss)(hidden, weight, *judge, chunk)
+            return [loss_T.sum() * 0.3 if alike else loss_T]
 
         return call
 
     compare(run(cpu), run(vectorised), leaves, seed)
     with torch.no_grad():
-        assert gap(cpu.cross_entropy(*leaves, targets, chunk), vectorised.cross_entropy(*leaves, targets, chunk)) < 2e-5
+        assert gap(*(getattr(form, loss)(*leaves, *judge, chunk) for form in (cpu, vectorised))) < 2e-5
+
+
+def test_a_student_that_is_its_teacher_has_no_divergence_and_no_gradient():
+    for isa in ISAS:
+        hidden, weight = torch.randn(9, 12, requires_grad=True), torch.randn(70, 12, requires_grad=True)
+        with instruction_set(isa):
+            loss = cpu.kl(hidden, weight, hidden, weight, 4)
+            loss.sum().backward()
+        assert loss.abs().max() < 1e-6 and hidden.grad.abs().max() < 1e-6 and weight.grad.abs().max() < 1e-6, isa
+
+
+def test_a_divergence_of_a_shifted_teacher_keeps_its_digits():
+    """Logits that all lie 50 higher say the same; a small difference must not drown in that."""
+    student, teacher = torch.randn(5, 300), torch.eye(300)
+    student_VD = torch.randn(300, 300).mul_(1e-3) + torch.eye(300)
+    shifted = student + 50
+    for isa in ISAS:
+        with instruction_set(isa):
+            found = cpu.kl(student, student_VD, shifted, teacher)
+        truth = vectorised.kl(student.double(), student_VD.double(), shifted.double(), teacher.double())
+        assert (found - truth).abs().max() < 2e-6, isa
 
 
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_cross_entropy_computes_no_gradient_that_nobody_wants(frozen, alike):
+@pytest.mark.parametrize("loss_of", ["cross_entropy", "log_prob"])
+def test_losses_compute_no_gradient_that_nobody_wants(loss_of, frozen, alike):
     def learned(form):
         g = torch.Generator().manual_seed(3)
         leaves = {"hidden": torch.randn(50, 12, generator=g), "weight": torch.randn(70, 12, generator=g)}
         targets = torch.randint(0, 70, (50,), generator=g)
         for name, leaf in leaves.items():
             leaf.requires_grad_(name != frozen)
-        loss = form.cross_entropy(*leaves.values(), targets, 16)
+        loss = getattr(form, loss_of)(*leaves.values(), targets, 16)
         (loss.sum() if alike else loss @ torch.arange(50.0)).backward()
         return leaves
 
@@ -304,4 +329,6 @@ def test_logits_that_are_large_or_infinite_keep_their_loss():
         spoilt[7] = float("nan")  # one logit of each row
         with instruction_set(isa):
             assert cpu.cross_entropy(hidden, spoilt, targets).isnan().all(), isa
+            assert cpu.kl(hidden, spoilt, hidden, torch.randn(40, 1)).isnan().all(), isa
+            assert cpu.kl(hidden, torch.randn(40, 1), hidden, spoilt).isnan().all(), isa
     assert not torch.isfinite(cpu.cross_entropy(hidden, weight * float("inf"), targets)).any()

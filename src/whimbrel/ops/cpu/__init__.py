@@ -4,7 +4,7 @@ Operations that are not here run in `ops/torch`, and so does everything where th
 """
 
 from whimbrel.ops.cpu.decode import Decode, network
-from whimbrel.ops.cpu.head import cross_entropy
+from whimbrel.ops.cpu.head import cross_entropy, kl, log_prob
 from whimbrel.ops.cpu.library import fits, isa, load, use
 from whimbrel.ops.cpu.linear import FEW, linear
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
@@ -21,8 +21,10 @@ __all__ = [
     "fits",
     "gated_norm",
     "isa",
+    "kl",
     "linear",
     "load",
+    "log_prob",
     "network",
     "readable",
     "relu2",
