@@ -43,7 +43,7 @@ RUNS: dict[str, tuple[str, dict[str, int]]] = {
     "grpo-odd": ("grpo-odd", {"data": 2}),
 }
 """Runs by name: the stage of tests/align/test_stages.py, and its axes."""
-ODD = {"groups": 23, "group_size": 3, "max_tokens": 40, "micro_tokens": 150, "updates": 2, "off": 0.2}
+ODD = {"groups": 23, "group_size": 3, "max_tokens": 40, "micro_tokens": 1, "updates": 2, "off": 0.2}
 """Prompts, groups and micro-batches that two ranks cannot share evenly; each learns twice from what was drawn."""
 STAGES["grpo-odd"] = (grpo.run, grpo.GrpoSettings, ODD)
 LOOP = {"steps": 3, "accumulate": 2, "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.0}}
