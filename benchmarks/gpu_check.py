@@ -7,14 +7,16 @@ may be 1e-4; in bfloat16 1e-2, or three times that of `ops/torch` on them, but n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from whimbrel import ops
-from whimbrel.ops import Segments, vectorised
+from whimbrel.ops import Segments, packed, vectorised
 
 Case = tuple[str, Callable[[Any, torch.device], Callable[..., Sequence[Tensor]]], list[Tensor], set[int]]
 LENGTHS, SHORT = [5, 0, 300, 1, 94], [3, 0, 17, 1]
@@ -112,32 +114,65 @@ def error(got: Sequence[Tensor], true: Sequence[Tensor]) -> float:
     return worst
 
 
-def steps(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """One token of many sequences: convolution, scan and paged attention against float64 and `ops/torch`."""
-    kernels, found = ops.gpu()[0], {}
+def one_token(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """`conv_step`, `ssd_step` or `mamba_step` on many sequences: errors of the kernel and of `ops/torch` against
+    float64, of outputs and of what is kept.
+    """
+    kernels = ops.gpu()[0]
     assert kernels is not None
+    if name == "mamba_step":
+        return whole_layer(device, dtype)
     count, heads, groups, width, size = 9, 8, 2, 80, 128
-    x, dt, rate, b, c, d, _ = scan_inputs(count, heads, groups, width, size, 1)
-    slots = torch.randperm(12)[:count]
-    states = {"conv_step": normal(12, 3, 256).float(), "ssd_step": normal(12, heads, width, size).float()}
-    rows: dict[str, list[Tensor]] = {
-        "conv_step": [v.to(dtype) for v in (normal(count, 256), normal(256, 4), normal(256))],
-        "ssd_step": [x.to(dtype), dt.float(), rate.float(), b.to(dtype), c.to(dtype), d.float()],
-    }
-    for name, row in rows.items():
-        results = []
-        for module, kind, place in (
-            (vectorised, torch.float64, "cpu"),
-            (kernels, None, device),
-            (vectorised, None, device),
-        ):
-            state = states[name].to(place, kind or torch.float32, copy=True)
-            state = state.transpose(1, 2) if name == "conv_step" else state
-            state = state.to(dtype) if name == "conv_step" and kind is None else state
-            given = [v.to(place, kind or v.dtype) for v in row]
-            y = getattr(module, name)(*given, state, slots.to(place))
-            results.append([y.cpu().double(), state.cpu().double()])
-        found[name] = (error(results[1], results[0]), error(results[2], results[0]))
+    slots, results = torch.randperm(12)[:count], []
+    if name == "conv_step":
+        row, held = [v.to(dtype) for v in (normal(count, 256), normal(256, 4), normal(256))], normal(12, 3, 256)
+    else:
+        x, dt, rate, b, c, d, _ = scan_inputs(count, heads, groups, width, size, 1)
+        row = [x.to(dtype), dt.float(), rate.float(), b.to(dtype), c.to(dtype), d.float()]
+        held = normal(12, heads, width, size).float()
+    for module, kind, place in (
+        (vectorised, torch.float64, torch.device("cpu")),
+        (kernels, None, device),
+        (vectorised, None, device),
+    ):
+        state = held.to(place, kind or (dtype if name == "conv_step" else torch.float32), copy=True)
+        state = state.transpose(1, 2) if name == "conv_step" else state
+        given = [v.to(place, kind or v.dtype) for v in row]
+        y = getattr(module, name)(*given, state, slots.to(place))
+        results.append([y.cpu().double(), state.cpu().double()])
+    return error(results[1], results[0]), error(results[2], results[0])
+
+
+def whole_layer(device: torch.device, dtype: torch.dtype, count: int = 9) -> tuple[float, float]:
+    """A layer of the 9B's kind with two groups between its projections; twice, so that counters and tails are met
+    again.
+    """
+    heads, groups, width, size = 8, 2, 80, 128
+    inner, channels = heads * width, heads * width + 2 * groups * size
+    row = [v.to(dtype) for v in (normal(count, inner + channels + heads), normal(channels, 4), normal(channels))]
+    row += [normal(heads).float(), -normal(heads).exp().float(), normal(heads).float(), (1 + normal(inner)).to(dtype)]
+    tails, states, results = normal(12, 3, channels), normal(12, heads, width, size).float(), []
+    slots, next_z = torch.randperm(12)[:count], normal(count, row[0].shape[1]).to(dtype)
+    kernels = ops.gpu()[0]
+    for module, kind, place in (
+        (vectorised, torch.float64, torch.device("cpu")),
+        (kernels, None, device),
+        (vectorised, None, device),
+    ):
+        tail = tails.to(dtype).to(place, kind or dtype, copy=True).transpose(1, 2)
+        state = states.to(place, kind or torch.float32, copy=True)
+        given, found = [v.to(place, kind or v.dtype) for v in row], []
+        for z in (given[0], next_z.to(place, kind or dtype)):
+            y = module.mamba_step(z, *given[1:], tail, state, slots.to(place), groups, 1e-5, (0.001, 1.0))
+            found.append(y.cpu().double())
+        results.append([*found, tail.cpu().double(), state.cpu().double()])
+    return error(results[1], results[0]), error(results[2], results[0])
+
+
+def paged(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """As `one_token`, for one query over keys and values in blocks."""
+    kernels = ops.gpu()[0]
+    assert kernels is not None
     lengths, blocks = [1, 700, 16, 333], 200
     q, k, v = normal(4, 40, 128), normal(blocks, 16, 8, 128), normal(blocks, 16, 8, 128)
     table = torch.randperm(blocks)[: 4 * 45].view(4, 45)
@@ -145,36 +180,137 @@ def steps(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, fl
     true = [vectorised.paged_attention(q.double(), k.double(), v.double(), table, lengths)]
     there = [t.to(device) for t in (q, k, v, table)]
     both = [[m.paged_attention(*there, lengths).cpu().double()] for m in (kernels, vectorised)]
-    found["paged_attention"] = (error(both[0], true), error(both[1], true))
-    return found
+    return error(both[0], true), error(both[1], true)
 
 
-def check(device: torch.device, small: bool = False) -> dict[str, Any]:
-    """Run everything: errors by case and dtype, what failed, and the seconds it took."""
-    kernels, begin = ops.gpu()[0], time.perf_counter()
+def half_state(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """A step over a float16 state, rounded at random: each number is a neighbour of the exact one, as often above as
+    below, another seed rounds otherwise, and the outputs are those of the state that is kept (their errors are
+    returned).
+    """
+    kernels = ops.gpu()[0]
+    assert kernels is not None
+    count, heads, groups, width, size = 9, 8, 2, 80, 128
+    x, dt, rate, b, c, d, _ = scan_inputs(count, heads, groups, width, size, 1)
+    row = [x.to(dtype), dt.float(), rate.float(), b.to(dtype), c.to(dtype), d.float()]
+    held, slots = normal(count, heads, width, size).half(), torch.arange(count)
+    exact, seeds = held.double(), torch.arange(count) * 4096
+    vectorised.ssd_step(*(v.double() for v in row), exact, slots)
+    found = []
+    for more in (0, 1):
+        state = held.to(device, copy=True)
+        y = kernels.ssd_step(*(v.to(device) for v in row), state, slots.to(device), seed=(seeds + more).to(device))
+        found.append((state.cpu().double(), y.cpu().double()))
+    (state, y), (other, _) = found
+    step = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=2**-14))) - 10)
+    off = (state - exact) / step
+    far = ((state - exact).abs() - step).max()
+    assert far < 2e-6, f"a number is {far:.1e} past its neighbours"  # float32's own errors where terms cancel
+    spread = (1 / 6 / off.numel()) ** 0.5
+    assert abs(off.mean()) < 6 * spread, f"rounding leans by {off.mean() / spread:.1f} of its spread"
+    assert not state.equal(other), "another seed rounds as the first did"
+    true = torch.einsum("sghpn,sgn->sghp", state.view(count, groups, -1, width, size), row[4].double()).reshape(x.shape)
+    true = true + row[5].double()[:, None] * row[0].double()
+    return error([y], [true]), 0.0
+
+
+def draws(device: torch.device) -> tuple[float, float]:
+    """Ids drawn on the device, on a GPU from a recorded graph whose numbers change: those that the host draws. Returns
+    the share of rows that differ (none may).
+    """
+    from whimbrel.engine.graphs import record
+    from whimbrel.engine.sampler import Draw, draw, numbers
+    from whimbrel.engine.sampling import Sampling
+
+    said = [Sampling(temperature=0), Sampling(temperature=1.0), Sampling(temperature=0.8, top_p=0.9),
+            Sampling(temperature=1.2, top_k=40, min_p=0.05), Sampling(temperature=0.7, top_k=2000, top_p=0.5),
+            Sampling(temperature=50.0, top_p=0.99)]  # fmt: skip
+    logits = 3 * torch.randn(24, 20_000)
+    rows = [[Draw(said[row % len(said)], row, 0, position) for row in range(24)] for position in (5, 6)]
+    there, sent = logits.to(device), numbers(rows[0]).to(device)
+    if device.type == "cuda":
+        graph, ids = record(lambda: draw(there, sent, True, True))
+    wrong = 0
+    for batch in rows:
+        sent.copy_(numbers(batch))
+        if device.type == "cuda":
+            graph.replay()
+        else:
+            ids = draw(there, sent, True, True)
+        wrong += (ids.cpu() != draw(logits, numbers(batch), True, True)).sum().item()
+    assert not wrong, f"{wrong} of {2 * len(logits)} draws differ from the host's"
+    return 0.0, 0.0
+
+
+def product(device: torch.device, dtype: torch.dtype, bits: int, count: int, small: bool) -> tuple[float, float]:
+    """Weights of few bits in rows, inputs in parts: errors of the kernel and of `ops/torch`."""
+    kernels = ops.gpu()[0]
+    assert kernels is not None
+    outputs, inputs = (37, 288) if small else (1111, 15680)
+    weight = packed.by_rows(packed.round_to_nearest(normal(outputs, inputs).float(), bits))
+    assert weight.scales is not None
+    there = replace(weight, codes=weight.codes.to(device), scales=weight.scales.to(device))
+    x, bias = normal(count, inputs).to(dtype), normal(outputs).to(dtype)
+    true = [x.double() @ packed.unpack(weight).double().t() + bias.double()]
+    given = (x.to(device), there, bias.to(device))
+    both = [error([m.linear(*given).cpu().double()], true) for m in (kernels, vectorised)]
+    return both[0], both[1]
+
+
+def checks(device: torch.device, small: bool = False, end: float = float("inf")) -> Iterator[dict[str, Any]]:
+    """Run everything, bfloat16 first: a record for each case, and one that sums up. None is begun after `end`
+    (`time.perf_counter`).
+    """
+    kernels, begin, seen, bad = ops.gpu()[0], time.perf_counter(), 0, list[str]()
     if kernels is None:
-        return {"ok": False, "failed": {"triton": ops.gpu()[1]}, "errors": {}, "seconds": 0.0}
-    errors: dict[str, tuple[float, float]] = {}
-    failed: dict[str, str] = {}
-    for dtype in (torch.float32, torch.bfloat16):
+        yield {"ok": False, "failed": f"no Triton: {ops.gpu()[1]}"}
+        return
+
+    def against(form: Any, inputs: list[Tensor], kept: set[int], dtype: torch.dtype) -> tuple[float, float]:
+        low = [v.float() if place in kept else v.to(dtype) for place, v in enumerate(inputs)]
+        true = run(form(vectorised, torch.device("cpu")), [v.double() for v in low])
+        mine = run(form(kernels, device), [v.to(device, copy=True) for v in low])
+        plain = run(form(vectorised, device), [v.to(device, copy=True) for v in low])
+        return error(mine, true), error(plain, true)
+
+    for dtype in (torch.bfloat16, torch.float32):
         torch.manual_seed(int(time.time()))
         word = str(dtype).removeprefix("torch.")
-        for name, form, inputs, kept in cases(small, dtype):
-            label = f"{name} {word}"
-            low = [v.float() if place in kept else v.to(dtype) for place, v in enumerate(inputs)]
-            try:
-                true = run(form(vectorised, torch.device("cpu")), [v.double() for v in low])
-                mine = run(form(kernels, device), [v.to(device, copy=True) for v in low])
-                plain = run(form(vectorised, device), [v.to(device, copy=True) for v in low])
-                errors[label] = (error(mine, true), error(plain, true))
-            except Exception as fault:
-                failed[label] = f"{type(fault).__name__}: {str(fault)[:300]}"
-        try:
-            errors |= {f"{name} {word}": pair for name, pair in steps(device, dtype).items()}
-        except Exception as fault:
-            failed[f"steps {word}"] = f"{type(fault).__name__}: {str(fault)[:300]}"
-    for label, (mine, plain) in errors.items():
-        most = 1e-4 if label.endswith("float32") else 3e-2
-        if not mine < max(most if label.endswith("float32") else 1e-2, min(3 * plain, most)):
-            failed[label] = f"error {mine:.2e}, ops/torch {plain:.2e}"
-    return {"ok": not failed, "failed": failed, "errors": errors, "seconds": time.perf_counter() - begin}
+        work: list[tuple[str, Callable[[], tuple[float, float]]]] = [
+            (f"{name} {word}", lambda name=name, dtype=dtype: one_token(name, device, dtype))  # type: ignore[misc]
+            for name in ("conv_step", "ssd_step", "mamba_step")
+        ]
+        work += [
+            (f"paged_attention {word}", lambda dtype=dtype: paged(device, dtype)),  # type: ignore[misc]
+            (f"ssd_step {word}, float16 state", lambda dtype=dtype: half_state(device, dtype)),  # type: ignore[misc]
+        ]
+        work += [
+            (f"{name} {word}", lambda row=(form, inputs, kept, dtype): against(*row))  # type: ignore[misc]
+            for name, form, inputs, kept in cases(small, dtype)
+        ]
+        work += [  # one row, some, and more than the kernel takes
+            (f"linear {word}, int{bits} x {rows}", partial(product, device, dtype, bits, rows, small))
+            for bits in (8, 4)
+            for rows in (1, 40, 70)
+        ]
+        work += [(f"draw {word}", lambda: draws(device))] if dtype == torch.float32 else []
+        for label, function in work:
+            if time.perf_counter() > end:
+                bad.append(f"{label} (no time)")
+                continue
+            found = judged(label, function)
+            seen, bad = seen + 1, bad + [label] * (not found["ok"])
+            yield found
+    yield {"ok": not bad, "cases": seen, "wrong": bad, "seconds": time.perf_counter() - begin}
+
+
+def judged(label: str, function: Callable[[], tuple[float, float]]) -> dict[str, Any]:
+    """A case's record: the kernel's error, that of `ops/torch`, and whether it may be."""
+    try:
+        mine, plain = function()
+    except Exception as fault:
+        return {"case": label, "ok": False, "failed": f"{type(fault).__name__}: {str(fault)[:300]}"}
+    most = 1e-4 if "float32" in label else 3e-2
+    good = mine < max(most if "float32" in label else 1e-2, min(3 * plain, most))
+    said = {"case": label, "ok": good, "error": mine, "torch": plain}
+    return said if good else said | {"failed": f"error {mine:.2e}, ops/torch {plain:.2e}"}

@@ -1,6 +1,6 @@
 """Compile kernels for an H200 (sm_90) without a GPU; print what ptxas says: registers, shared memory, spills.
 
-Run: python benchmarks/gpu_compile.py [scan,steps,rows]. Nothing is launched: the driver only names the target.
+Run: python benchmarks/gpu_compile.py [scan,steps,rows,fewbits]. Nothing is launched: the driver only names the target.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from triton.runtime.jit import JITFunction
 from whimbrel import ops
 from whimbrel.ops import Segments
 
-SHOWN = ("C", "BP", "BN", "BLOCK", "R", "REVERSE", "STORE", "BACKWARD", "num_warps", "num_stages")
+SHOWN = ("HALF", "C", "P", "BP", "BN", "BO", "BM", "BITS", "BLOCK", "R")
+SHOWN += ("REVERSE", "STORE", "BACKWARD", "num_warps", "num_stages")
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 BF16 = torch.bfloat16
 compiled: list[dict[str, Any]] = []
@@ -91,6 +92,14 @@ def steps(kernels: Any) -> None:
     row += [torch.empty(8, 8, 128, dtype=BF16), torch.empty(8, 8, 128, dtype=BF16), torch.empty(128)]
     for kind in (torch.float32, torch.float16):
         kernels.ssd_step(*row, torch.empty(9, 128, 80, 128, dtype=kind), slots, seed=torch.ones(8, dtype=torch.int64))
+    for heads, width, size in ((128, 80, 128), (128, 64, 128), (256, 64, 256)):
+        inner, channels = heads * width, heads * width + 16 * size
+        given = [torch.empty(8, inner + channels + heads, dtype=BF16), torch.empty(channels, 4, dtype=BF16)]
+        given += [torch.empty(channels, dtype=BF16), *(torch.empty(heads) for _ in range(3))]
+        given += [torch.empty(inner, dtype=BF16), torch.empty(9, 3, channels, dtype=BF16).transpose(1, 2)]
+        for kind in (torch.float32, torch.float16):
+            state = torch.empty(9, heads, width, size, dtype=kind)
+            kernels.mamba_step(*given, state, slots, 8, 1e-5, seed=torch.ones(8, dtype=torch.int64))
     keys = torch.empty(64, 16, 8, 128, dtype=BF16)
     table = torch.zeros(8, 64, dtype=torch.int64)
     kernels.paged_attention(torch.empty(8, 40, 128, dtype=BF16), keys, keys, table, slots)
@@ -119,12 +128,26 @@ def rows(kernels: Any) -> None:
     quantise.by_tensor(x.detach(), torch.ones(()))
 
 
+def fewbits(kernels: Any) -> None:
+    """Products of the 9B with weights of 8 and 4 bits: one row, 64, prompts; inputs whole and in parts; rows to FP8."""
+    from whimbrel.ops.packed import Packed
+    from whimbrel.ops.triton import quantise
+
+    quantise.by_rows(torch.empty(8, 15680, dtype=BF16))
+    for bits in (8, 4):
+        for outputs, inputs, rows in ((4480, 15680, 1), (4480, 15680, 64), (131072, 4480, 16), (512, 4480, 65)):
+            codes = torch.empty(outputs, inputs * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+            scales = torch.empty(inputs // 32, outputs, dtype=torch.float16).t()
+            weight = Packed(codes, scales, (outputs, inputs), bits, 32, "rows")
+            kernels.linear(torch.empty(rows, inputs, dtype=BF16), weight)
+
+
 def main() -> int:
     compile_only()
     kernels, why = ops.gpu()
     assert kernels is not None, why
-    parts = {"scan": scan, "steps": steps, "rows": rows}
-    for name in (sys.argv[1] if len(sys.argv) > 1 else "scan,steps,rows").split(","):
+    parts = {"scan": scan, "steps": steps, "rows": rows, "fewbits": fewbits}
+    for name in (sys.argv[1] if len(sys.argv) > 1 else "scan,steps,rows,fewbits").split(","):
         parts[name](kernels)
     return 1 if any(found["shared"] > 227 * 1024 for found in compiled) else 0
 

@@ -3,17 +3,23 @@
     python benchmarks/gpu_measure.py --out results.jsonl [--rows decode,scan] [--seconds 540]
     python benchmarks/gpu_measure.py --out results.jsonl --dry-run        # tiny shapes on a CPU, kernels interpreted
 
-Each row is a process of its own with a limit of time; what it finds is appended to --out as it comes (JSON lines: row,
-figures, floor, share of the floor), and a table is printed last. An operation that fails the check is named, and runs
-in torch's form in every row after it. Weights are random and made on the device; depths are filled with random numbers,
-not read. A dry run proves that the script runs; its figures mean nothing and say so.
+First the floors of the real shapes are printed (`gpu_floors.py`: an H200's own words, what `whimbrel plan` predicts).
+Then the rows, by worth. Each is a process of its own; what it finds is appended to --out as it comes (JSON lines: row,
+figures, floor, share of the floor). A row may take what is left but the least of those after it, and at most its own
+most; one for which too little is left is skipped, with a line that says so. After every row all is written to
+results.json beside --out: machine, command, floors, records. A table is printed last. An operation that fails the
+check, or that the check did not come to, is named, and runs in torch's form in every row after it. Weights are random
+and made on the device; depths are filled with random numbers, not read. A dry run proves that the script runs; its
+figures mean nothing and say so.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,9 +32,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
-Record = dict[str, Any]
-CAP = 22.06 * 2**30
-"""Bytes of an A10G, the card of the Nano 2 report."""
+import gpu_floors  # noqa: E402
+from gpu_floors import CAP, Card, Record  # noqa: E402
+
+GRACE = 5.0
+"""Seconds before its limit at which a row should be done by itself."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,37 @@ class Place:
     """Where the rows run, and whether the figures count."""
 
     dry: bool
+    end: float = float("inf")
+    """Of `time.perf_counter`: when the row should be done."""
+    known: tuple[float, ...] = ()
+    """Bytes/s of a copy and operations/s of a product, where this run has measured them."""
+
+    @property
+    def left(self) -> float:
+        """Seconds that the row still has."""
+        return self.end - time.perf_counter()
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the whole card; a dry run plans for an H200."""
+        import torch
+
+        return gpu_floors.H200.memory if self.dry else torch.cuda.get_device_properties(0).total_memory
+
+    @property
+    def card(self) -> Card:
+        """What floors divide by: the ceilings measured here."""
+        bandwidth, peak = self.known or speed(self)
+        return Card(bandwidth, peak, 2 * peak, self.memory)
+
+    def fresh(self) -> None:
+        """Nothing left of what was before, and peak memory counted anew."""
+        gc.collect()
+        if not self.dry:
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     @property
     def device(self) -> str:
@@ -70,12 +109,16 @@ class Place:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], object], most: float = 2.0) -> float:
-        """Median seconds of some work; at least three runs after one to warm up, as many as `most` seconds hold."""
+        """Median seconds of some work: one run to warm up, then as many as `most` seconds hold, three at least, or one
+        where a run takes longer than that. A dry run works once.
+        """
+        begin = time.perf_counter()
         work()
         self.wait()
-        times: list[float] = []
+        times = [time.perf_counter() - begin] * self.dry
         end = time.perf_counter() + (0.0 if self.dry else most)
-        while len(times) < (1 if self.dry else 3) or time.perf_counter() < end:
+        least = 1 if self.dry or time.perf_counter() - begin > 2 * most else 3
+        while len(times) < least or time.perf_counter() < end:
             begin = time.perf_counter()
             work()
             self.wait()
@@ -90,14 +133,18 @@ class Place:
 
 @contextmanager
 def capped(place: Place, limit: float) -> Iterator[None]:
-    """Let torch have so many bytes of the card."""
+    """Let torch have so many bytes of the card; all of them again after the block."""
     import torch
 
-    if not place.dry:
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(0).total_memory))
-        torch.cuda.reset_peak_memory_stats()
-    yield
+    place.fresh()
+    if place.dry:
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / place.memory))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def fitting(place: Place, model: Any, context: int, batch: int) -> Any:
@@ -135,120 +182,164 @@ def reading(place: Place, model: Any, tokens: int) -> float:
     raise MemoryError(f"a prompt of {tokens} tokens does not fit, even 512 at a time")
 
 
+def attempted(labels: Record, work: Callable[..., Record], *given: Any) -> Record:
+    """What some work found of what it is given, or why it failed, with its labels: one failure is not the row's."""
+    try:
+        return labels | work(*given)
+    except Exception as fault:
+        return labels | {"failed": f"{type(fault).__name__}: {str(fault)[:300]}"}
+
+
 def ceilings(place: Place) -> Iterator[Record]:
     """A copy (bytes read and written), a bfloat16 product on random numbers, and an FP8 product."""
     import torch
 
     n = 64 if place.dry else 8192
-    source = torch.randn(n * n * (1 if place.dry else 16), device=place.device)
-    target = torch.empty_like(source)
-    yield {"what": "copy", "bytes_per_second": 2 * source.nbytes / place.seconds(lambda: target.copy_(source))}
-    left, right = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
-    yield {"what": "product", "dtype": str(place.dtype), "flops": 2 * n**3 / place.seconds(lambda: left @ right)}
-    codes = [v.to(torch.float8_e4m3fn) for v in (left, right)]
-    one = torch.ones((), device=place.device)
 
-    def fp8() -> torch.Tensor:
-        return torch._scaled_mm(codes[0], codes[1].t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    def copy() -> Record:
+        source = torch.randn(n * n * (1 if place.dry else 16), device=place.device)
+        target = torch.empty_like(source)
+        return {"bytes_per_second": 2 * source.nbytes / place.seconds(lambda: target.copy_(source), 1.0)}
 
-    yield {"what": "product", "dtype": "float8_e4m3fn", "flops": 2 * n**3 / place.seconds(fp8)}
+    def product(eight: bool) -> Record:
+        left, right = (torch.randn(n, n, device=place.device, dtype=place.dtype) for _ in range(2))
+        one = torch.ones((), device=place.device)
+        if not eight:
+            return {"flops": 2 * n**3 / place.seconds(lambda: left @ right, 1.0)}
+        codes = [v.to(torch.float8_e4m3fn) for v in (left, right)]
+        made = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        run = lambda: torch._scaled_mm(codes[0], codes[1].t(), one, one, **made)  # noqa: E731
+        return {"flops": 2 * n**3 / place.seconds(run, 1.0)}
+
+    yield attempted({"what": "copy"}, copy)
+    yield attempted({"what": "product", "dtype": str(place.dtype)}, lambda: product(False))
+    yield attempted({"what": "product", "dtype": "float8_e4m3fn"}, lambda: product(True))
 
 
 def speed(place: Place) -> tuple[float, float]:
-    """Bytes/s of a copy and operations/s of a product, measured in this process: the floors' ceilings."""
-    found = [*ceilings_without_fp8(place)]
-    return found[0], found[1]
+    """Bytes/s of a copy and operations/s of a product, measured in this process, where no row before has."""
+    copy, product = (record for record, _ in zip(ceilings(place), range(2), strict=False))
+    return copy["bytes_per_second"], product["flops"]
 
 
-def ceilings_without_fp8(place: Place) -> Iterator[float]:
-    for number, record in zip(range(2), ceilings(place), strict=False):
-        yield record["bytes_per_second" if number == 0 else "flops"]
+def in_three_kernels() -> None:
+    """Let Mamba-2 layers decode in a kernel for each part from here on."""
+    from whimbrel.ops import triton as kernels
+    from whimbrel.ops.triton import mamba
+
+    kernels.mamba_step, mamba.WIDEST = mamba.mamba_step, 0
 
 
 def decode(place: Place) -> Iterator[Record]:
-    """Decoding of the 9B shape at 4k: bytes that must move / time, as a share of the measured bandwidth."""
+    """Decoding of the 9B shape at 4k: bytes that must move / time, as a share of the measured bandwidth. Then the
+    smaller batches again with a kernel for each part of a Mamba-2 layer, beside which the one kernel must win.
+    """
     from whimbrel.engine import bench
+    from whimbrel.ops import triton as kernels
+    from whimbrel.ops.triton import mamba
 
-    bandwidth, peak = speed(place)
-    model, context = place.model("nemotron-nano-9b-v2"), 64 if place.dry else 4096
-    for batch in (1, 2) if place.dry else (1, 8, 64, 256):
-        task = bench.Task(model, context, batch)
-        seconds, moved = place.seconds(task.decode), task.bytes("decode")
-        share = moved / seconds / bandwidth
-        yield {"batch": batch, "context": context, "seconds": seconds, "tokens_per_second": batch / seconds,
-               "floor_seconds": moved / bandwidth, "share": share, "bandwidth": bandwidth, "peak": peak}  # fmt: skip
-        del task
+    card = place.card
+    model, context = place.model(gpu_floors.PEERS[0]), 64 if place.dry else gpu_floors.DEPTH
+    batches = (1, 2) if place.dry else gpu_floors.BATCHES
+    whole = bool(mamba.WIDEST) and kernels.mamba_step is mamba.mamba_step
+    for at, batch in enumerate((*batches, *batches[: 3 * whole])):
+        if at == len(batches):
+            in_three_kernels()
+
+        def work(batch: int) -> Record:
+            task = bench.Task(model, context, batch)
+            seconds, moved = place.seconds(task.decode), task.bytes("decode")
+            return {"seconds": seconds, "tokens_per_second": batch / seconds, "floor_seconds": moved / card.bandwidth,
+                    "share": moved / seconds / card.bandwidth, "bandwidth": card.bandwidth}  # fmt: skip
+
+        yield attempted({"batch": batch, "context": context, "one_kernel": whole and at < len(batches)}, work, batch)
+        place.fresh()
 
 
-def peers(place: Place) -> Iterator[Record]:
-    """Hybrid beside dense in the same engine: output tokens/s at three shapes of work, capped and on the whole card.
+def peers(place: Place, jobs: Sequence[tuple[int, int]] = gpu_floors.JOBS[:1]) -> Iterator[Record]:
+    """Hybrid beside dense in the same engine: output tokens/s of prompts and answers, capped and on the whole card.
 
     The batch is the largest that `plan` admits, whole contexts reserved or paged on demand. Seconds of a request: its
     share of reading the prompt, and its tokens at the mean depth, timed as one step of that batch there.
     """
-    from whimbrel.engine.plan import plan
+    card, jobs = place.card, [(32, 32)] if place.dry else jobs
+    rates: dict[tuple[Any, ...], tuple[float, float]] = {}
+    for name in gpu_floors.PEERS:
+        model, prompts = place.model(name), dict[int, float]()
+        for into, out in jobs:
+            for limit in (CAP, card.memory):
+                for rule in gpu_floors.RULES:
+                    key = {"cap": limit, "in": into, "out": out, "rule": rule}
+                    found = attempted({"model": name} | key, _serve, place, card, model, name, key, prompts)
+                    rates[name, *key.values()] = found.get("output_tokens_per_second", 0.0), found.get("predicted", 0.0)
+                    yield found
+                    other = rates.get((gpu_floors.PEERS[0], *key.values()), (0.0, 0.0))
+                    mine = rates[name, *key.values()]
+                    if name == gpu_floors.PEERS[1] and other[0] and mine[0]:
+                        ratio, predicted = other[0] / mine[0], other[1] / mine[1]
+                        yield {"ratio": ratio, "predicted_ratio": predicted, "share": ratio / predicted} | key
+        del model
+
+
+def _serve(place: Place, card: Card, model: Any, name: str, key: Record, prompts: dict[int, float]) -> Record:
+    """One model at one kind of work; prompts already timed are in `prompts`."""
     from whimbrel.model.presets import preset
 
-    bandwidth, peak = speed(place)
-    jobs = [(32, 32)] if place.dry else [(8192, 16384), (1024, 8192), (32768, 1024)]
-    for limit in (CAP, CAP * 6):
-        for into, out in jobs:
-            rates: dict[tuple[str, str], tuple[float, float]] = {}
-            for name in ("nemotron-nano-9b-v2", "qwen3-8b"):
-                with capped(place, limit):
-                    model = place.model(name)
-                    made = plan(preset(name), memory=int(limit), context=into + out, bandwidth=bandwidth, peak=peak)
-                    first = plan(preset(name), memory=int(limit), context=into, bandwidth=bandwidth, peak=peak)
-                    for rule, most in (("reserved", made.largest_batch), ("on demand", made.largest_batch_on_demand)):
-                        batch = 2 if place.dry else min(most, 512)
-                        if not batch:
-                            yield {"model": name, "cap": limit, "in": into, "out": out, "rule": rule, "batch": 0}
-                            continue
-                        step = fitting(place, model, into + out // 2, batch)
-                        batch, moved = step.batch, step.bytes("decode")
-                        floor, seconds = max(moved / bandwidth, 0.0), place.seconds(step.decode, 1.0)
-                        del step
-                        prompt = reading(place, model, into)
-                        rate = batch * out / (batch * prompt + out * seconds)
-                        rates[name, rule] = rate, batch * out / (batch * (first.prefill_seconds or 0) + out * floor)
-                        yield {"model": name, "cap": limit, "in": into, "out": out, "rule": rule, "batch": batch,
-                               "step_seconds": seconds, "floor_seconds": floor, "share": floor / seconds,
-                               "prefill_seconds": prompt, "output_tokens_per_second": rate,
-                               "peak_bytes": place.peak_bytes()}  # fmt: skip
-                    del model
-            for rule in ("reserved", "on demand"):
-                if len(pair := [rates[key] for key in rates if key[1] == rule]) == 2 and pair[1][0]:
-                    ratio, predicted = pair[0][0] / pair[1][0], pair[0][1] / pair[1][1]
-                    yield {"ratio": ratio, "predicted_ratio": predicted, "share": ratio / predicted, "cap": limit,
-                           "in": into, "out": out, "rule": rule}  # fmt: skip
+    limit, into, out, rule = key.values()
+    planned = gpu_floors.served(preset(name), card, limit, into, out, rule)
+    if not (batch := 2 if place.dry else planned["batch"]):
+        return {"batch": 0}
+    with capped(place, limit):
+        step = fitting(place, model, into + out // 2, batch)
+        batch, moved = step.batch, step.bytes("decode")
+        seconds = place.seconds(step.decode, 1.0)
+        step = None
+        if into not in prompts:
+            place.fresh()
+            prompts[into] = reading(place, model, into)
+        rate = batch * out / (batch * prompts[into] + out * seconds)
+        return {"batch": batch, "planned_batch": planned["batch"], "step_seconds": seconds,
+                "floor_seconds": planned["step_seconds"], "share": moved / card.bandwidth / seconds,
+                "prefill_seconds": prompts[into], "output_tokens_per_second": rate,
+                "predicted": planned["tokens_per_second"], "peak_bytes": place.peak_bytes()}  # fmt: skip
+
+
+def peers_more(place: Place) -> Iterator[Record]:
+    """The same at short prompts with long answers, and long prompts with short ones."""
+    yield from peers(place, gpu_floors.JOBS[1:])
 
 
 def long_prompts(place: Place) -> Iterator[Record]:
     """The 8B hybrid beside Llama-3.1-8B at 65,536 in and 1,024 out under 80 GB, prefill and decoding apart."""
-    from whimbrel.engine.plan import plan
     from whimbrel.model.presets import preset
 
-    bandwidth, peak = speed(place)
-    into, out = (32, 8) if place.dry else (65536, 1024)
+    card, into = place.card, 32 if place.dry else gpu_floors.LONG[0]
     found = {}
-    for name in ("nemotron-h-8b", "llama-3.1-8b"):
-        with capped(place, 80e9):
-            model = place.model(name)
-            made = plan(preset(name), memory=int(80e9), context=into + out, bandwidth=bandwidth, peak=peak)
-            batch = 2 if place.dry else min(64, made.largest_batch)
-            task = fitting(place, model, into, batch)
-            batch = task.batch
-            moved, seconds = task.bytes("decode"), place.seconds(task.decode, 1.0)
-            del task
-            prompt = reading(place, model, into)
-            floor = made.prefill_seconds or 0.0
-            found[name] = (batch / seconds, into / prompt)
-            yield {"model": name, "batch": batch, "decode_tokens_per_second": batch / seconds,
-                   "prefill_tokens_per_second": into / prompt, "share": moved / bandwidth / seconds,
-                   "prefill_share": floor / prompt, "peak_bytes": place.peak_bytes()}  # fmt: skip
-            del model
-    a, b = found.values()
-    yield {"ratio": a[0] / b[0], "prefill_ratio": a[1] / b[1]}
+    for name in gpu_floors.LONG_PEERS:
+        planned, decoding, prefill = gpu_floors.long_served(preset(name), card)
+
+        def work(
+            name: str = name, planned: int = planned, decoding: float = decoding, prefill: float = prefill
+        ) -> Record:
+            with capped(place, gpu_floors.LONG_CAP):
+                model = place.model(name)
+                task = fitting(place, model, into, 2 if place.dry else planned)
+                batch, moved, seconds = task.batch, task.bytes("decode"), place.seconds(task.decode, 1.0)
+                task = None
+                place.fresh()
+                prompt = reading(place, model, into)
+                found[name] = (batch / seconds, into / prompt, decoding, prefill)
+                return {"batch": batch, "planned_batch": planned, "decode_tokens_per_second": batch / seconds,
+                        "prefill_tokens_per_second": into / prompt, "share": moved / card.bandwidth / seconds,
+                        "prefill_share": into / prompt / prefill, "peak_bytes": place.peak_bytes()}  # fmt: skip
+
+        yield attempted({"model": name}, work)
+    if len(found) == 2:
+        a, b = found.values()
+        ratios, predicted = (a[0] / b[0], a[1] / b[1]), (a[2] / b[2], a[3] / b[3])
+        yield {"ratio": ratios[0], "predicted_ratio": predicted[0], "share": ratios[0] / predicted[0],
+               "prefill_ratio": ratios[1], "predicted_prefill_ratio": predicted[1],
+               "prefill_share": ratios[1] / predicted[1]}  # fmt: skip
 
 
 def whole_context(place: Place) -> Iterator[Record]:
@@ -256,11 +347,11 @@ def whole_context(place: Place) -> Iterator[Record]:
     from whimbrel.engine import bench
     from whimbrel.engine.plan import plan
 
-    context, tokens = (64, 2) if place.dry else (131_072, 64)
+    context, tokens = (64, 2) if place.dry else (gpu_floors.WHOLE, gpu_floors.AFTER)
     with capped(place, CAP):
-        model = place.model("nemotron-nano-9b-v2")
+        model = place.model(gpu_floors.PEERS[0])
         task = bench.Task(model, context, 1)
-        task.prompt = 32 if place.dry else 2048
+        task.prompt = 32 if place.dry else gpu_floors.CHUNK
         begin = time.perf_counter()
         task.prefill()
         place.wait()
@@ -290,7 +381,7 @@ class Row:
 def trainer(
     place: Place, config: Any, tokens: int, documents: int, recompute: bool, fp8: str = "none", ends: int = 4
 ) -> Any:
-    """One step of training as a function, the model, and its row of tokens."""
+    """One step of training as a function of a row of tokens (its own if none is given), the model, and that row."""
     from whimbrel.model import LanguageModel
     from whimbrel.parallel.recompute import recomputed
     from whimbrel.train.objective import CrossEntropy
@@ -302,9 +393,9 @@ def trainer(
     optimizer, row = adamw(model, OptimizerSettings()), Row.random(tokens, documents, config.vocab_size)
     precision = "float32" if place.dry else "bfloat16"
 
-    def step() -> None:
+    def step(given: Row = row) -> None:
         with recomputed(model, recompute), converted(model, Fp8(recipe=fp8, ends=ends)):
-            train_step(model, CrossEntropy(), [row], optimizer, clip=1.0, precision=precision)
+            train_step(model, CrossEntropy(), [given], optimizer, clip=1.0, precision=precision)
 
     return step, model, row
 
@@ -312,26 +403,30 @@ def trainer(
 def train(place: Place) -> Iterator[Record]:
     """Steps of hybrids of about 1B and 4B on 8,192 packed tokens, in bfloat16 and in each FP8 recipe: MFU."""
     from whimbrel.model import count
-    from whimbrel.model.presets import preset
 
-    _, peak = speed(place)
-    four = preset("nemotron-h-4b")
-    one = replace(four, pattern="M-M-M*-M-M-M-M*-M-M-M-M*-M-", hidden_size=2048, intermediate_size=8192,
-                  num_attention_heads=16, num_key_value_heads=4, mamba_num_heads=64)  # fmt: skip
-    tokens, documents = (64, 4) if place.dry else (8192, 4)
-    for name, config in (("1B", one), ("4B", four)):
+    peak = place.card.peak
+    tokens, documents = (64, 4) if place.dry else (gpu_floors.PACKED, gpu_floors.DOCUMENTS)
+    rates: dict[str, float] = {}
+    # What the table asks for first: both shapes in bfloat16, then the recipe of the larger.
+    order = [("1B", "none"), ("4B", "none"), ("4B", "tensorwise"), ("4B", "blockwise"), ("4B", "rowwise"),
+             ("1B", "tensorwise"), ("1B", "blockwise"), ("1B", "rowwise")]  # fmt: skip
+    for name, recipe in order[:5] if place.dry else order:
+        config, recompute, _, _ = gpu_floors.TRAINED[name]
         config = place.shape(config)
         flops = count.flops_per_token(config, count.mean_context([tokens // documents] * documents), training=True)
-        for recipe in ("none", "tensorwise", "rowwise", "blockwise"):
-            try:
-                step, model, _ = trainer(place, config, tokens, documents, name == "4B", recipe, 0 if place.dry else 4)
-                seconds = place.seconds(step, 3.0)
-                yield {"model": name, "parameters": count.total(config), "fp8": recipe, "seconds": seconds,
-                       "tokens_per_second": tokens / seconds, "flops": tokens * flops / seconds,
-                       "share": tokens * flops / seconds / peak, "peak_bytes": place.peak_bytes()}  # fmt: skip
-                del step, model
-            except Exception as fault:
-                yield {"model": name, "fp8": recipe, "failed": f"{type(fault).__name__}: {str(fault)[:300]}"}
+
+        def work(name: str = name, recipe: str = recipe, config: Any = config, flops: float = flops,
+                 recompute: bool = recompute) -> Record:  # fmt: skip
+            step, _, _ = trainer(place, config, tokens, documents, recompute, recipe, 0 if place.dry else 4)
+            seconds = place.seconds(step, 2.0)
+            rates[name + recipe] = tokens / seconds
+            more = {"over_bfloat16": rates[name + recipe] / rates[name + "none"]} if name + "none" in rates else {}
+            return {"parameters": count.total(config), "seconds": seconds, "tokens_per_second": tokens / seconds,
+                    "flops": tokens * flops / seconds, "share": tokens * flops / seconds / peak,
+                    "recompute": recompute, "peak_bytes": place.peak_bytes()} | more  # fmt: skip
+
+        place.fresh()
+        yield attempted({"model": name, "fp8": recipe}, work)
 
 
 def scan(place: Place) -> Iterator[Record]:
@@ -342,12 +437,12 @@ def scan(place: Place) -> Iterator[Record]:
     from whimbrel import ops
     from whimbrel.ops import Segments
 
-    bandwidth, peak = speed(place)
-    shapes = [(4, 2, 16, 16, 64)] if place.dry else []
-    for heads, width, size in () if place.dry else ((128, 64, 128), (128, 80, 128), (256, 64, 256)):
-        shapes += [(heads, 8, width, size, length) for length in (2048, 8192, 32768, 131072)]
-    for heads, groups, width, size, tokens in shapes:
-        row = [v.to(place.device) for v in (t.float() for t in scan_inputs(tokens, heads, groups, width, size, 1)[:6])]
+    card, shapes = place.card, [("tiny", 4, 2, 16, 16, 64)] if place.dry else []
+    for name, heads, width, size in () if place.dry else gpu_floors.SCANS:
+        shapes += [(name, heads, 8, width, size, length) for length in gpu_floors.LENGTHS]
+    for shape, heads, groups, width, size, tokens in shapes:
+        with torch.device(place.device):  # numbers made there: the host would take longer than the row may
+            row = [v.float() for v in scan_inputs(tokens, heads, groups, width, size, 1)[:6]]
         for at in (0, 3, 4):
             row[at] = row[at].to(place.dtype)
         leaves = [v.requires_grad_() for v in row]
@@ -359,63 +454,100 @@ def scan(place: Place) -> Iterator[Record]:
         def both(leaves: Any = leaves, up: Any = up, forward: Any = forward) -> Any:
             return torch.autograd.grad(forward(), leaves, up)
 
-        number = row[0].element_size()
-        read = number * tokens * (heads * width + 2 * groups * size) + 4 * tokens * heads
-        # In chunks of 64: C B' once a group, scores by x, C by state, x by B; backward two and a half times that.
-        flops = 2.0 * tokens * (64 * groups * size + 64 * heads * width / 2 + 2 * heads * width * size)
-        for name, work, moved, factor in (
-            ("forward", forward, read + number * tokens * heads * width, 1.0),
-            ("forward+backward", both, 3 * read + 3 * number * tokens * heads * width, 3.5),
-        ):
-            seconds = place.seconds(work, 0.3)
-            floor = max(moved / bandwidth, factor * flops / peak)
-            yield {"what": name, "heads": heads, "width": width, "state": size, "tokens": tokens, "seconds": seconds,
-                   "flops": factor * flops / seconds, "bytes_per_second": moved / seconds, "floor_seconds": floor,
-                   "share": floor / seconds}  # fmt: skip
+        bounds = gpu_floors.scan_floors(heads, groups, width, size, tokens, row[0].element_size(), card)
+        for name, run in (("forward", forward), ("forward+backward", both)):
+            moved, flops, floor = bounds[name]
+
+            def work(run: Any = run, moved: float = moved, flops: float = flops, floor: float = floor) -> Record:
+                seconds = place.seconds(run, 0.3)
+                return {"seconds": seconds, "flops": flops / seconds, "bytes_per_second": moved / seconds,
+                        "floor_seconds": floor, "share": floor / seconds}  # fmt: skip
+
+            yield attempted({"what": name, "model": shape, "tokens": tokens}, work)
+        del row, leaves, up, forward, both
+        place.fresh()
 
 
 def fp8(place: Place) -> Iterator[Record]:
     """Each FP8 recipe: noise of a layer, whether we refuse what the device refuses, losses of a small hybrid."""
-    from gpu_fp8 import curves, layouts, noise
+    from gpu_fp8 import curves, decoding, layouts, noise
 
     yield from noise(place)
+    yield from decoding(place)
     yield from layouts(place)
     yield from curves(place, trainer)
 
 
 def long_step(place: Place) -> Iterator[Record]:
-    """One sequence of 131,072 and of 524,288 tokens through a training step of the 1B shape, with recomputation."""
-    from whimbrel.model.presets import preset
+    """One sequence of 131,072 tokens (1B) and of 524,288 (290M) through a training step, with recomputation. What
+    cannot fit by plan is said and not tried.
+    """
     from whimbrel.train.memory import training_bytes
 
-    four = preset("nemotron-h-4b")
-    one = replace(four, pattern="M-M-M*-M-M-M-M*-M-M-M-M*-M-", hidden_size=2048, intermediate_size=8192,
-                  num_attention_heads=16, num_key_value_heads=4, mamba_num_heads=64)  # fmt: skip
-    for tokens in (96,) if place.dry else (131_072, 524_288):
-        step, model, _ = trainer(place, place.shape(one), tokens, 1, recompute=True)
-        planned = sum(training_bytes(model, [tokens], "float32" if place.dry else "bfloat16", True).values())
-        begin = time.perf_counter()
-        step()
-        place.wait()
-        yield {"tokens": tokens, "seconds": time.perf_counter() - begin, "peak_bytes": place.peak_bytes(),
-               "planned_bytes": planned, "share": place.peak_bytes() / planned}  # fmt: skip
-        del step, model
+    for name, tokens in gpu_floors.LONG_STEPS:
+        tokens = 96 if place.dry else tokens
+
+        def work(name: str = name, tokens: int = tokens) -> Record:
+            from whimbrel.model import LanguageModel
+
+            config = place.shape(gpu_floors.shape(name))
+            parts = training_bytes(LanguageModel(config, device="meta"), [tokens],
+                                   "float32" if place.dry else "bfloat16", True)  # fmt: skip
+            if (planned := sum(parts.values())) > place.memory:
+                return {"planned_bytes": planned, "skipped": "does not fit by plan"}
+            step, _, _ = trainer(place, config, tokens, 1, recompute=True)
+            begin = time.perf_counter()
+            step()
+            place.wait()
+            return {"seconds": time.perf_counter() - begin, "peak_bytes": place.peak_bytes(),
+                    "planned_bytes": planned, "share": place.peak_bytes() / planned}  # fmt: skip
+
+        place.fresh()
+        yield attempted({"model": name, "tokens": tokens}, work)
+
+
+def few_bits(place: Place) -> Iterator[Record]:
+    """Decoding of the 9B shape at 4k with weights in int8, int4 and FP8, as `decode` does."""
+    from gpu_bits import decoding
+
+    yield from decoding(place, speed(place)[0])
 
 
 def check(place: Place) -> Iterator[Record]:
-    """Every kernel against float64 and `ops/torch`."""
+    """Every kernel against float64 and `ops/torch`, an operation a record; the last sums up."""
     import torch
-    from gpu_check import check as run
+    from gpu_check import checks
 
-    yield run(torch.device(place.device), small=place.dry)
+    yield from checks(torch.device(place.device), small=place.dry, end=place.end)
 
 
-ROWS: dict[str, tuple[Callable[[Place], Iterator[Record]], float]] = {
-    "check": (check, 150), "ceilings": (ceilings, 40), "decode": (decode, 90), "scan": (scan, 90),
-    "whole_context": (whole_context, 90), "peers": (peers, 200), "long_prompts": (long_prompts, 120),
-    "train": (train, 200), "fp8": (fp8, 120), "long_step": (long_step, 120),
+@dataclass(frozen=True)
+class Limits:
+    """What runs a row, and the seconds below which it is not begun and after which it is stopped."""
+
+    run: Callable[[Place], Iterator[Record]]
+    least: float
+    most: float
+
+
+ROWS: dict[str, Limits] = {
+    "check": Limits(check, 40, 120), "ceilings": Limits(ceilings, 12, 30), "decode": Limits(decode, 25, 60),
+    "peers": Limits(peers, 45, 110), "train": Limits(train, 40, 100), "whole_context": Limits(whole_context, 25, 50),
+    "scan": Limits(scan, 20, 45), "long_prompts": Limits(long_prompts, 40, 80), "fp8": Limits(fp8, 30, 150),
+    "long_step": Limits(long_step, 30, 60), "few_bits": Limits(few_bits, 30, 90),
+    "peers_more": Limits(peers_more, 60, 200),
 }  # fmt: skip
-"""Row -> what runs it, and the seconds it may take."""
+"""The rows by worth."""
+
+
+def share(names: Sequence[str], left: float) -> float:
+    """Seconds for the first of these rows when so many are left: all but the least of the others, at most its most; its
+    own least where that does not leave as much; 0 if not even that is left.
+    """
+    first = ROWS[names[0]]
+    if left < first.least:
+        return 0.0
+    return max(first.least, min(first.most, left - sum(ROWS[name].least for name in names[1:])))
 
 
 def child(name: str, place: Place, out: Path, without: Sequence[str] = ()) -> int:
@@ -438,11 +570,13 @@ def child(name: str, place: Place, out: Path, without: Sequence[str] = ()) -> in
 
         for operation in without:
             setattr(ops.gpu()[0], operation, getattr(ops.vectorised, operation))
+        if "mamba_step" in without and not {"conv_step", "ssd_step", "gated_norm"} & set(without):
+            in_three_kernels()
     good, note = True, {"without": list(without)} if without else {}
     with context, out.open("a", encoding="utf-8") as file:
         try:
-            for record in ROWS[name][0](place):
-                good = good and record.get("ok", True)
+            for record in ROWS[name].run(place):
+                good = good and record.get("ok", True) and not record.get("failed")
                 file.write(json.dumps({"row": name, "dry": place.dry} | note | record, default=str) + "\n")
                 file.flush()
         except Exception as fault:
@@ -454,70 +588,131 @@ def child(name: str, place: Place, out: Path, without: Sequence[str] = ()) -> in
 
 
 def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
-    """Run rows one after another within the budget, then print what they found."""
+    """Print the floors, run rows one after another within the budget, and print what they found."""
     begin, bad, without = time.perf_counter(), [], []
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if place.dry else {})
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"row": "machine", "dry": place.dry} | machine(place)) + "\n")
-    for name in names:
+    floors = gpu_floors.floors()
+    print("An H200 by its own words, real shapes; least and aim are what the shares asked for come to.")
+    print(gpu_floors.as_text(floors), flush=True)
+    append(out, {"row": "machine", "dry": place.dry, "seconds": budget} | machine(place))
+    first = len(records(out)) - 1
+    for at, name in enumerate(names):
         left = budget - (time.perf_counter() - begin)
-        if left < 15:
-            bad.append(f"{name}: no time left")
+        limit = left if place.dry else share(names[at:], left)
+        if limit < (15 if place.dry else 1):
+            bad.append(f"{name}: skipped, {left:.0f} s are left and it takes {ROWS[name].least:.0f} at least")
+            append(out, {"row": name, "dry": place.dry, "skipped": bad[-1]})
+            write(out, place, floors, records(out)[first:], bad)
             continue
         command = [sys.executable, __file__, "--row", name, "--out", str(out), *(["--dry-run"] if place.dry else [])]
         command += ["--without", ",".join(without)] if without else []
+        command += ["--seconds", f"{limit - GRACE:.1f}", "--ceilings", measured(records(out)[first:])]
+        started = time.perf_counter()
         try:
-            limit = left if place.dry else min(left, ROWS[name][1])
             code = subprocess.run(command, env=environment, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             code = 124
         if code:
-            bad.append(f"{name}: ended with {code}")
+            bad.append(f"{name}: " + (f"stopped after {limit:.0f} s" if code == 124 else f"ended with {code}"))
+            append(out, {"row": name, "dry": place.dry, "ended": bad[-1]})
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
         if name == "check" and code:
             without = wrong(out)
             bad.append(f"in torch's form from here on: {', '.join(without)}")
+        write(out, place, floors, records(out)[first:], bad)
     print(table(out))
     print("\n".join(f"FAILED {text}" for text in bad) or "every row ran")
     return 1 if bad else 0
 
 
-STEPS, KERNELS = (
-    ["conv_step", "ssd_step", "paged_attention"],
-    {"scan": ["ssd"], "cross_entropy": ["cross_entropy", "log_prob"]},
-)
+def append(out: Path, record: Record) -> None:
+    """A line more, on a line of its own: a row that was stopped may have left one torn."""
+    torn = out.exists() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
+    with out.open("a", encoding="utf-8") as file:
+        file.write("\n" * torn + json.dumps(record) + "\n")
+
+
+def records(out: Path) -> list[Record]:
+    """What the file holds; a line that a killed row left torn is left out."""
+    found = []
+    for line in out.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def measured(found: list[Record]) -> str:
+    """The ceilings of this run as an option of the next row: empty where they are not both there."""
+    rows = [record for record in found if record["row"] == "ceilings"]
+    copy = [r["bytes_per_second"] for r in rows if "bytes_per_second" in r]
+    product = [r["flops"] for r in rows if "flops" in r and "float8" not in r["dtype"]]
+    return f"{copy[0]},{product[0]}" if copy and product else ""
+
+
+def write(out: Path, place: Place, floors: list[Record], found: list[Record], bad: list[str]) -> None:
+    """All of this run as one file beside `out`, whole or not at all."""
+    words = [out.name if word == str(out) else word for word in sys.argv[1:]]
+    command = " ".join(["python benchmarks/gpu_measure.py", *words])
+    note = "a dry run: tiny shapes on a CPU, kernels interpreted; only the floors mean something" if place.dry else ""
+    said = found[0] | {"command": command, "note": note, "failed": bad, "floors": floors, "records": found[1:]}
+    whole = out.with_suffix(".json")
+    torn = whole.with_suffix(".torn")
+    lines = [f" {json.dumps(key)}: {listed(value)}" for key, value in said.items()]
+    torn.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    torn.replace(whole)
+
+
+def listed(value: Any) -> str:
+    """JSON, records one a line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f"  {json.dumps(record)}" for record in value) + "\n ]"
+    return json.dumps(value)
+
+
+KERNELS = {"scan": ["ssd"], "cross_entropy": ["cross_entropy", "log_prob"]}
+"""Case of the check -> the operations it is about, where they are not called so."""
 
 
 def wrong(out: Path) -> list[str]:
-    """Operations that the last check found wrong; all of them if it did not come to an end."""
-    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    checks = [record["failed"] for record in records if record["row"] == "check"]
-    if not checks or not isinstance(checks[-1], dict):
-        from whimbrel import ops
+    """Operations that the last check found wrong or did not come to."""
+    from whimbrel import ops
 
-        return [name for name in getattr(ops.gpu()[0], "__all__", []) if hasattr(ops.vectorised, name)]
-    first = {label.split(" ")[0] for label in checks[-1]}
-    names = [name for word in sorted(first) for name in (STEPS if word == "steps" else KERNELS.get(word, [word]))]
-    return list(dict.fromkeys(names))
+    every = [name for name in getattr(ops.gpu()[0], "__all__", []) if hasattr(ops.vectorised, name)]
+    found = records(out)
+    begun = max((at for at, record in enumerate(found) if record["row"] == "machine"), default=0)
+    checks = [record for record in found[begun:] if record["row"] == "check" and "case" in record]
+    good = named(record["case"] for record in checks if record["ok"])
+    bad = named(record["case"] for record in checks if not record["ok"])
+    return [name for name in every if name in bad or name not in good]
+
+
+def named(cases: Iterator[str]) -> set[str]:
+    """The operations that cases of the check are about."""
+    first = {case.split(" ")[0] for case in cases}
+    return {name for word in first for name in KERNELS.get(word, [word])}
 
 
 def machine(place: Place) -> Record:
-    """Date, commit, versions and device."""
+    """Date, commit, versions and device. The process that waits for the rows must not open the card itself."""
     import torch
 
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
     ).stdout.strip()
-    gpu = "none (dry run)" if place.dry else torch.cuda.get_device_name()
+    gpu = "none (dry run)"
+    if not place.dry:
+        ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        gpu = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which(ask[0]) else "unknown"
     return {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit, "torch": torch.__version__, "gpu": gpu}
 
 
 def table(out: Path) -> str:
     """The records for people: one line each, shares as percentages."""
     lines = []
-    for text in out.read_text(encoding="utf-8").splitlines():
-        record = json.loads(text)
-        record.pop("errors", None)
+    for record in records(out):
         words = []
         for name, value in record.items():
             if name not in ("row", "dry"):
@@ -537,8 +732,10 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--row")
     parser.add_argument("--without", default="")
+    parser.add_argument("--ceilings", default="")
     said = parser.parse_args()
-    place = Place(said.dry_run)
+    known = tuple(float(word) for word in said.ceilings.split(",") if word)
+    place = Place(said.dry_run, time.perf_counter() + said.seconds, known)
     if said.row:
         return child(said.row, place, said.out, [word for word in said.without.split(",") if word])
     names = said.rows.split(",")

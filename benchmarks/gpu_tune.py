@@ -20,6 +20,7 @@ import triton
 
 from whimbrel import ops
 from whimbrel.ops import Segments
+from whimbrel.ops.packed import Packed
 from whimbrel.ops.triton import launch
 
 BF16 = torch.bfloat16
@@ -58,6 +59,29 @@ def work(kernel: str, width: int, size: int) -> tuple[Callable[[], object], Iter
         return lambda: ops.ssd_step(x, dt, a, b, b, a, state, slots), grid(
             width=(8, 16, 32, 64), num_warps=(1, 2, 4, 8)
         )
+    if kernel == "mamba_step":
+        rows, inner, channels = 8, heads * width, heads * width + 2 * groups * size
+        given = [torch.randn(rows, inner + channels + heads, device=device, dtype=BF16)]
+        given += [torch.randn(channels, 4, device=device, dtype=BF16), torch.randn(channels, device=device, dtype=BF16)]
+        given += [
+            torch.randn(heads, device=device),
+            -torch.ones(heads, device=device),
+            torch.ones(heads, device=device),
+        ]
+        given += [torch.ones(inner, device=device, dtype=BF16)]
+        given += [torch.randn(rows, 3, channels, device=device, dtype=BF16).transpose(1, 2)]
+        given += [torch.randn(rows, heads, width, size, device=device), torch.arange(rows, device=device)]
+        return lambda: ops.mamba_step(*given, groups, 1e-5), grid(
+            width=(8, 16, 32), num_warps=(2, 4, 8), programs=(528, 1056, 2112)
+        )
+    if kernel == "linear":  # int8, 16 rows; `width` outputs and `size` inputs
+        codes = torch.randint(-127, 128, (width, size), device=device, dtype=torch.int8)
+        scales = torch.rand(size // 32, width, device=device, dtype=torch.float16).t()
+        weight = Packed(codes, scales, (width, size), 8, 32, "rows")
+        x = torch.randn(16, size, device=device, dtype=BF16)
+        return lambda: ops.linear(x, weight), grid(
+            rows=(64,), outputs=(32, 64, 128), programs=(264, 528, 1056), num_warps=(2, 4, 8), num_stages=(2, 4, 6)
+        )
     assert kernel == "paged", kernel
     keys = torch.randn(16 * 1024, 16, 8, 128, device=device, dtype=BF16)
     q = torch.randn(16, 40, 128, device=device, dtype=BF16)
@@ -90,13 +114,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=launch.TABLES / f"{launch.device_name()}.json")
     said = parser.parse_args()
     table: dict[str, Any] = copy.deepcopy(launch.table(launch.device_name()))
-    cases = [(kernel, *shape) for kernel in ("ssd_step", "scan", "scan_walk", "scan_reading", "scan_writing")
+    names = ("mamba_step", "ssd_step", "scan", "scan_walk", "scan_reading", "scan_writing")
+    cases = [(kernel, *shape) for kernel in names
              for shape in ((64, 128), (80, 128), (64, 256))] + [("paged", 128, 0)]  # fmt: skip
+    cases += [("linear", *shape) for shape in ((4480, 15680), (15680, 4480), (22656, 4480), (4480, 10240))]
     begin = time.perf_counter()
     for number, (kernel, width, size) in enumerate(cases):
         end = begin + said.seconds * (number + 1) / len(cases)
         chosen, least, now = best(kernel, width, size, end)
         shape = f"E={width}" if kernel == "paged" else f"P={width},N={size}"
+        shape = f"O={width},I={size}" if kernel == "linear" else shape
         print(f"{kernel:<14} {shape:<14} {now:8.3f} ms -> {least:8.3f} ms {chosen or 'as it is'}", flush=True)
         if chosen:
             table["kernels"][kernel][shape] = chosen

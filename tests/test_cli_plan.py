@@ -31,6 +31,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         (("--bandwidth", "1TB/s"), "bandwidth", 1e12),
         (("--peak", "125TFLOP/s"), "peak", 1.25e14),
         (("--reserve", "1GiB"), "reserve_bytes", 2**30),
+        (("--state-dtype", "float16"), "state_dtype", "float16"),
     ],
 )
 def test_every_option_arrives(
@@ -65,6 +66,18 @@ def test_every_setting_of_training_arrives(
     usual = ("--memory", "100GiB", "--context", "8192", "--train", "--peak", "989TFLOP/s")
     before, after = planned(capsys, *usual)[key], planned(capsys, *usual, *words)[key]
     assert before != after and (value is None or after == value)
+
+
+def test_a_state_of_16_bits_takes_half_and_moves_half(capsys: pytest.CaptureFixture[str]) -> None:
+    wide, half = planned(capsys), planned(capsys, "--state-dtype", "float16")
+    assert 0.5 < half["state_bytes"] / wide["state_bytes"] < 0.52, "the tail of the convolution stays as it is"
+    assert wide["decode_bytes"] - half["decode_bytes"] == 2 * (wide["state_bytes"] - half["state_bytes"])
+    short = ("--context", "4096")
+    assert (
+        planned(capsys, *short, "--state-dtype", "float16")["largest_batch"] > planned(capsys, *short)["largest_batch"]
+    )
+    assert cli.main(["plan", "hybrid-tiny", "--memory", "1GiB", "--context", "64", "--state-dtype", "bfloat16"]) == 2
+    assert "set state_dtype to float32 or float16" in capsys.readouterr().err
 
 
 def test_settings_of_training_need_the_word(capsys: pytest.CaptureFixture[str]) -> None:

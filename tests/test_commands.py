@@ -55,9 +55,10 @@ def talked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_what_chat_is_given_arrives(folder: Path, tmp_path: Path, talked: dict[str, Any]) -> None:
     assert cli.main(["chat", str(folder)]) == 7
     assert (talked["once"], talked["system"]) == (None, None)
-    assert talked["engine"].dtype == torch.float32
+    assert talked["engine"].dtype == torch.float32 and talked["engine"].state_dtype == "float32"
     (tmp_path / "s.yaml").write_text("temperature: 0.5\nmax_tokens: 9\n")
     words = ["--once", "Hi", "--system", "Be brief.", "--config", str(tmp_path / "s.yaml"), "--dtype", "float64"]
+    words += ["--state-dtype", "float16"]
     threads = torch.get_num_threads()
     try:
         assert cli.main(["chat", str(folder), "max_tokens=5", 'stop=["a", "b"]', *words, "--threads", "2"]) == 7
@@ -65,9 +66,12 @@ def test_what_chat_is_given_arrives(folder: Path, tmp_path: Path, talked: dict[s
     finally:
         torch.set_num_threads(threads)
     assert (talked["once"], talked["system"]) == ("Hi", "Be brief.")
-    assert talked["engine"].dtype == torch.float64
+    assert talked["engine"].dtype == torch.float64 and talked["engine"].state_dtype == "float16"
+    assert talked["engine"].max_sequences == 1
     sampling = talked["sampling"]
     assert (sampling.max_tokens, sampling.temperature, sampling.stop) == (5, 0.5, ("a", "b"))
+    assert cli.main(["chat", str(folder), "--dtype", "fp8"]) == 7
+    assert {m.form for m in talked["engine"].model.modules() if hasattr(m, "form")} == {"fp8"}
 
 
 def answers(path: Path) -> list[dict[str, Any]]:
@@ -121,6 +125,7 @@ def test_a_pipe_gets_answers_alone(folder: Path) -> None:
         (("chat", "MODEL", "--device", "toaster"), "set --device to cpu"),
         (("chat", "MODEL", "--dtype", "float31"), "did you mean 'float32'?"),
         (("chat", "MODEL", "--threads", "-1"), "--threads"),
+        (("generate", "MODEL", "GOOD", "--state-dtype", "float8"), "set state_dtype to float32 or float16"),
         (("chat", "smolm2"), "did you mean 'smollm2'?"),
         (("chat", "MODEL", "max_tokens=0"), "max_tokens"),
         (("chat", "MODEL", "--config", "none.yaml"), "none.yaml does not exist"),
@@ -139,6 +144,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("TORN").write_text('{"prompt": "a"}\n{"prompt"\n')
+    Path("GOOD").write_text('{"prompt": "a"}\n')
     Path("MISSPELT").write_text('{"promt": "a"}\n')
     code = cli.main([str(folder) if word == "MODEL" else word for word in words])
     out, err = capsys.readouterr()

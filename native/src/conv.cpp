@@ -62,8 +62,8 @@ void backward_band(const Conv& c, const ConvGradients& out, int64_t from, int64_
             float* own = &ring[t % width * wide];
             const int64_t u = t - history;
             const float* dy = out.dy + (c.offsets[s] + t) * c.channels;
-            float* dx = u >= 0 ? out.dx + (c.offsets[s] + u) * c.channels : out.dinitial + (s * history + t) * c.channels;
-            const float* dtail = u >= length - history ? out.dtail + (s * history + u - length + history) * c.channels : nullptr;
+            float* dx = u >= 0 ? out.dx + (c.offsets[s] + u) * out.dx_stride : out.dinitial + (s * history + t) * c.channels;
+            const float* dtail = out.dtail && u >= length - history ? out.dtail + (s * history + u - length + history) * c.channels : nullptr;
             for (int64_t k = 0; k < width; k++) {
                 if (t < length) taps[k] = row(c, s, u + k);
                 newer[k] = t >= k ? &ring[(t - k) % width * wide] : nullptr;

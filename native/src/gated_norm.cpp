@@ -45,7 +45,7 @@ void gated_norm_backward(const GatedNorm& n, const GatedNormGradients& grads, in
             const int64_t t = task / n.groups, g = task % n.groups, at = task * n.width;
             const float *y = n.y + at, *gate = n.gate ? n.gate + t * n.gate_stride + g * n.width : nullptr;
             const float *weight = n.weight + g * n.width, *dout = grads.dout + at, scale = n.scale[task];
-            float *dy = grads.dy + at, *dgate = grads.dgate + at, *dw = dweight + g * n.width;
+            float *dy = grads.dy + at, *dgate = gate ? grads.dgate + t * grads.dgate_stride + g * n.width : nullptr, *dw = dweight + g * n.width;
             vec total{};
             for (int64_t i = 0; i < n.width; i += lanes) {
                 const int64_t left = n.width - i;

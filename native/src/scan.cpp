@@ -326,7 +326,7 @@ struct Backward : Shape {
             carried += static_cast<double>(pull[t]) - static_cast<double>(dt) * push;
             out.ddt[place] = static_cast<float>(a * carried) + push;
             da[i] += dt * carried, dd[i] += pairs[t * chunk + t];
-            float* dx = out.dx + place * s.width;
+            float* dx = out.dx + (from + t) * out.dx_stride + h * s.width;
             for (int64_t p = 0; p < s.width; p++) dx[p] = dt * du[t * w_row + p] + d * dy[t * w_row + p];
         }
         behind[i] = carried;
@@ -340,9 +340,9 @@ struct Backward : Shape {
         if (!all) return;
         ahead.add(c(from, g), s.c_stride, count, s.size);
         ahead.add(out.dy + at(from, h) * s.width, row, count, wide_x);
-        ahead.add(out.dx + at(from, h) * s.width, row, count, wide_x, true);
-        ahead.add(out.db + (from * s.groups + g) * s.size, s.groups * s.size, count, s.size, true);
-        ahead.add(out.dc + (from * s.groups + g) * s.size, s.groups * s.size, count, s.size, true);
+        ahead.add(out.dx + from * out.dx_stride + h * s.width, out.dx_stride, count, wide_x, true);
+        ahead.add(out.db + from * out.db_stride + g * s.size, out.db_stride, count, s.size, true);
+        ahead.add(out.dc + from * out.dc_stride + g * s.size, out.dc_stride, count, s.size, true);
     }
 
     // Adds a gradient [S or K, H, P, N] of the state after a piece to the one that is carried.
@@ -369,9 +369,8 @@ struct Backward : Shape {
                 head(at, count, i, k, empty && k == 0, idle && k == chunks - 1, start && k == 0);
                 if ((first_head + i + 1) % shared) continue;
                 for (int64_t t = 0; t < count; t++) {
-                    const int64_t place = ((at + t) * s.groups + g) * s.size;
-                    std::copy_n(db + t * d_row, s.size, out.db + place);
-                    std::copy_n(dc + t * d_row, s.size, out.dc + place);
+                    std::copy_n(db + t * d_row, s.size, out.db + (at + t) * out.db_stride + g * s.size);
+                    std::copy_n(dc + t * d_row, s.size, out.dc + (at + t) * out.dc_stride + g * s.size);
                 }
             }
         }

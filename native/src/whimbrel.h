@@ -13,7 +13,7 @@ extern "C" {
 
 // A scan over T tokens cut into S sequences, each cut into pieces: piece i is tokens pieces[i] … pieces[i + 1], and sequence s has
 // pieces first[s] … first[s + 1]. x [T, H, P], dt [T, H], b and c [T, G, N] may be slices of wider rows: *_stride is the distance
-// between tokens in floats (dt, y and all gradients are dense). initial may be null. final [S, H, P, N]; kept [K, H, P, N] takes the
+// between tokens in floats (dt, ddt and y are dense). initial may be null. final [S, H, P, N]; kept [K, H, P, N] takes the
 // state after piece i as its row slots[i] (-1: not asked for); saved [pieces, H, P, N] that before each piece but the first of a
 // sequence, for the backward pass; null without one.
 struct Scan {
@@ -24,10 +24,12 @@ struct Scan {
     int64_t x_stride, b_stride, c_stride;
 };
 
-// Gradients of a scan, which need no y, final or kept; da, dd are [S, H], one row a sequence. dfinal and dkept may be null (zeros), dinitial too (not wanted).
+// Gradients of a scan, which need no y, final or kept; da, dd are [S, H], one row a sequence. dfinal and dkept may be null (zeros),
+// dinitial too (not wanted). dx, db and dc may be slices of wider rows.
 struct ScanGradients {
     const float *dy, *dfinal, *dkept;
     float *dx, *ddt, *da, *db, *dc, *dd, *dinitial;
+    int64_t dx_stride, db_stride, dc_stride;
 };
 
 // A causal depth-wise convolution with SiLU over T rows of I channels (row distance x_stride), cut into sequences.
@@ -39,10 +41,11 @@ struct Conv {
     int64_t sequences, channels, width, x_stride;
 };
 
-// Gradients of a convolution; dweight [W, I], dbias [I], dinitial [S, W-1, I].
+// Gradients of a convolution; dtail may be null (zeros), dx a slice of wider rows; dweight [W, I], dbias [I], dinitial [S, W-1, I].
 struct ConvGradients {
     const float *dy, *dtail;
     float *dx, *dweight, *dbias, *dinitial;
+    int64_t dx_stride;
 };
 
 // RMSNorm(y * silu(gate)) in groups of `width` channels, times weight; scale [T, groups] keeps 1 / rms. gate has its own row
@@ -57,6 +60,7 @@ struct GatedNorm {
 struct GatedNormGradients {
     const float* dout;
     float *dy, *dgate, *dweight;  // dweight [threads, groups * width], as zeros
+    int64_t dgate_stride;
 };
 
 // out [count] = max(x, 0)^2, or with dy not null its gradient.

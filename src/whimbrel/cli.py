@@ -20,7 +20,6 @@ from whimbrel.errors import UserError
 from whimbrel.explain import explain
 
 if TYPE_CHECKING:
-    from whimbrel.engine import Engine
     from whimbrel.pipeline.console import Display
 
 app = typer.Typer(
@@ -40,7 +39,8 @@ Model = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, float64, float16; bfloat16 on a GPU.")]
+Dtype = Annotated[str, typer.Option(help="Numbers to compute with: float32, float64, float16; on a GPU bfloat16, fp8.")]
+StateDtype = Annotated[str, typer.Option(help="Recurrent states: float32, or float16, which halves them.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:1.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the CPU; 0 measures which number is fastest now.")]
 
@@ -119,6 +119,7 @@ def generate(
     ),
     config: Config = None,
     dtype: Dtype = "float32",
+    state_dtype: StateDtype = "float32",
     device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
@@ -130,11 +131,12 @@ def generate(
     from whimbrel.config import load
     from whimbrel.engine import Sampling
     from whimbrel.engine.offline import check_files, generate_file
+    from whimbrel.serve.loading import load_engine
 
     sampling = load(Sampling, config, overrides or ())
     check_files(prompts, out)
     display = _display()
-    engine = _engine(model, dtype, device, threads, display)
+    engine = load_engine(model, dtype, device, threads, display.event, state_dtype=state_dtype)
     display.start("generate")
     try:
         figures = generate_file(engine, prompts, out, sampling, name=model, report=display.event)
@@ -151,6 +153,7 @@ def chat(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
     config: Config = None,
     dtype: Dtype = "float32",
+    state_dtype: StateDtype = "float32",
     device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
@@ -161,9 +164,11 @@ def chat(
     from whimbrel.config import load
     from whimbrel.engine import Sampling
     from whimbrel.serve.chat import chat as talk
+    from whimbrel.serve.loading import load_engine
 
     sampling = load(Sampling, config, overrides or ())
-    engine = _engine(model, dtype, device, threads, _display(), sequences=1)
+    said = {"max_sequences": 1, "state_dtype": state_dtype}
+    engine = load_engine(model, dtype, device, threads, _display().event, **said)
     raise typer.Exit(talk(engine, sampling, once=once, system=system))
 
 
@@ -175,12 +180,13 @@ def plan(
     memory: Annotated[str, typer.Option(metavar="SIZE", help="What the device has, for instance 22GiB.")],
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of a sequence, prompt and answer.")],
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Numbers of weights and cache.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Numbers of weights and cache; int8, int4, fp8.")] = "bfloat16",
     bandwidth: Annotated[
         str | None, typer.Option(metavar="RATE", help="For instance 600GB/s; measured here if not given.")
     ] = None,
     peak: Annotated[str | None, typer.Option(metavar="RATE", help="For instance 125TFLOP/s; for prompts.")] = None,
     reserve: Annotated[str | None, typer.Option(metavar="SIZE", help="Kept free for everything else.")] = None,
+    state_dtype: StateDtype = "float32",
     train: Annotated[bool, typer.Option("--train", help="Plan training on rows of CONTEXT tokens instead.")] = False,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -197,7 +203,7 @@ def plan(
     elif overrides:
         raise UserError(f"{overrides[0]} is a setting of training; add --train")
     else:
-        made = planning.run(model, memory, context, bandwidth=bandwidth, **words)
+        made = planning.run(model, memory, context, bandwidth=bandwidth, state_dtype=state_dtype, **words)
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(made.lines()))
 
 
@@ -210,8 +216,9 @@ def bench(
     context: Annotated[str, typer.Option(metavar="TOKENS,…", help="Lengths of prompts, and depths.")] = "512,4096",
     batch: Annotated[str, typer.Option(metavar="N,…", help="Sequences that decode together.")] = "1,4,16",
     dtype: Annotated[
-        str, typer.Option(help="Weights: float32, float16, int8, int4; GPU: float32, bfloat16.")
+        str, typer.Option(help="Weights: float32, int8, int4, fp8; CPU: float16; GPU: bfloat16.")
     ] = "float32",
+    state_dtype: StateDtype = "float32",
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 leaves the number to torch.")] = 0,
     device: Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")] = "cpu",
     as_json: Json = False,
@@ -220,7 +227,7 @@ def bench(
     from whimbrel.engine import bench as measuring
 
     lengths, sizes = measuring.numbers(context, "context"), measuring.numbers(batch, "batch")
-    found = measuring.run(model, lengths, sizes, dtype, threads, _display().event, device)
+    found = measuring.run(model, lengths, sizes, dtype, threads, _display().event, device, state_dtype)
     typer.echo(json.dumps(found, indent=2) if as_json else measuring.as_text(found))
 
 
@@ -352,26 +359,6 @@ def _display() -> Display:
     from whimbrel.pipeline.console import Display
 
     return Display(Console(stderr=True, highlight=False, soft_wrap=True))
-
-
-def _engine(model: str, dtype: str, device: str, threads: int, display: Display, sequences: int = 16) -> Engine:
-    import torch
-
-    from whimbrel import Engine, LanguageModel, Tokenizer
-    from whimbrel.model.checkpoint import resolve
-    from whimbrel.train.threads import choose
-
-    folder = resolve(model)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).partition("\n")[0]
-        raise UserError(f"device is {device!r}, which torch cannot use here ({why}); set --device to cpu") from None
-    loaded = LanguageModel.load(folder, dtype=dtype, device=device)
-    if device == "cpu":  # on shared cores two threads can be many times slower than one
-        token = torch.zeros(1, 1, dtype=torch.int64)
-        torch.set_num_threads(choose(threads, None, torch.inference_mode()(lambda: loaded(token)), display.event))
-    return Engine(loaded, Tokenizer.load(folder), max_sequences=sequences, report=display.event)
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from whimbrel import LanguageModel, cli
+from whimbrel import LanguageModel, cli, ops
 from whimbrel.engine import bench
-from whimbrel.model import count
+from whimbrel.errors import UserError
+from whimbrel.model import checkpoint, count
 from whimbrel.model.linear import pack_model
 from whimbrel.model.presets import PRESETS
 from whimbrel.ops import cpu
@@ -86,6 +87,12 @@ def test_fewer_bits_move_fewer_bytes() -> None:
     assert bench.Task(model, 8, 1).bytes("decode") < 0.45 * wide
 
 
+def test_a_state_of_16_bits_moves_half(model: LanguageModel) -> None:
+    wide, half = (bench.Task(model, 8, 2, kind) for kind in ("float32", "float16"))
+    assert wide.bytes("decode") - half.bytes("decode") == wide.state.bytes()["ssm"]
+    half.decode()
+
+
 def test_decoding_at_a_depth_is_decoding_after_a_prompt(model: LanguageModel) -> None:
     """The same state, the same token at the same place: what is timed is what an engine computes."""
     task = bench.Task(model, 21, 1)
@@ -111,10 +118,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     try:
         found = json.loads(said(capsys, "hybrid-tiny", *options, "--dtype", "int8", "--json"))
         text = said(capsys, "dense-tiny", *options)
+        halved = json.loads(said(capsys, "hybrid-tiny", *options, "--state-dtype", "float16", "--json"))
     finally:
         torch.set_num_threads(threads)
     assert (found["model"], found["dtype"], found["threads"]) == ("hybrid-tiny", "int8", 2)
     assert {"parameters", "native", "bandwidth", "peak"} <= set(found)
+    assert (found["state_dtype"], halved["state_dtype"]) == ("float32", "float16")
     assert set(found["rows"][0]) == {
         "task", "context", "batch", "tokens_per_second", "seconds", "native_seconds", "torch_seconds", "python_seconds",
         "bytes_per_token", "flops_per_token", "bandwidth_share", "peak_share",
@@ -127,9 +136,30 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_a_folder_is_measured_with_its_own_weights(tmp_path, model: LanguageModel) -> None:
     model.save(tmp_path / "m")
     tokens = torch.arange(7)[None]
-    for dtype, close in (("float32", 0.0), ("float16", 0.01), ("int8", 0.1), ("int4", 1.0)):
+    for dtype, close in (("float32", 0.0), ("float16", 0.01), ("int8", 0.1), ("fp8", 0.3), ("int4", 1.0)):
         off = (bench.load(str(tmp_path / "m"), dtype)(tokens) - model(tokens)).abs().max() / model(tokens).abs().max()
         assert 0.01 * close <= off <= close
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "fp8"])
+def test_few_bits_as_on_a_gpu_hold_what_plan_counts(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "by_rows", lambda device: True)
+    model = bench.load("hybrid-tiny", dtype)
+    assert {m.form for m in model.modules() if hasattr(m, "form")} == {"fp8" if dtype == "fp8" else "rows"}
+    assert model.dtype == model.kv_dtype == torch.bfloat16
+    task = bench.Task(model, 47, 3)
+    assert task.bytes("decode") == sum(count.decode_bytes(model.config, 47, 3, dtype).values())
+    with ops.using("torch"):
+        assert task.decode().shape == (3,)
+
+
+def test_a_folder_of_few_bits_is_taken_as_it_is(tmp_path) -> None:
+    bench.load("hybrid-tiny", "int8").save(tmp_path / "q")
+    same = bench.load(str(tmp_path / "q"), "int8")
+    assert {m.bits for m in same.modules() if hasattr(m, "bits")} == {8}
+    for dtype in ("int4", "fp8", "float16"):
+        with pytest.raises(UserError, match=rf"dtype is {dtype}, but .* holds int8; set dtype to int8"):
+            bench.load(str(tmp_path / "q"), dtype)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Decoding through the buckets of graphs: on a CPU the same step unrecorded, on a GPU recorded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from whimbrel import ops
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.graphs import DecodeGraphs, bucket
 from whimbrel.errors import UserError
+from whimbrel.model import fewbits
+from whimbrel.model.linear import pack_model
 
 CUDA = torch.cuda.is_available()
 
@@ -55,6 +59,24 @@ def test_answers_are_those_of_the_plain_path(model, tokenizer, form):
         mine = run(engine)
     assert mine == plain
     assert engine._graphs._steps, "nothing went through a bucket"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "fp8"])
+def test_weights_of_few_bits_answer_as_they_do_without_buckets(make_model, hybrid, tokenizer, dtype):
+    """In the form of a GPU, on it where there is one (then recorded), beside the same weights on a CPU, unrecorded."""
+    config = replace(hybrid.config, intermediate_size=64, mamba_num_heads=8)
+    plain, mine = make_model(config, 3), make_model(config, 3)
+    for model in (plain, mine):
+        fewbits.to_fp8(model) if dtype == "fp8" else pack_model(model, int(dtype[3:]))
+    fewbits.settle(mine, torch.float32)
+    mine.to("cuda" if CUDA else "cpu")
+    settings = [Sampling(max_tokens=n, ignore_eos=True) for n in (12, 3, 9)]
+    prompts = [[70], [71] * 40, [72] * 5]
+    with ops.using("torch"):
+        answers = [a.ids for a in Engine(plain, tokenizer, max_sequences=3, kv_tokens=256).generate(prompts, settings)]
+    engine = graphed(mine, tokenizer, max_sequences=3, kv_tokens=256)
+    assert [a.ids for a in engine.generate(prompts, settings)] == answers
+    assert engine._graphs._steps and len({i for ids in answers for i in ids}) > 5
 
 
 def test_what_nobody_owns_is_all_that_padding_writes(hybrid, tokenizer):

@@ -56,6 +56,29 @@ def test_a_flat_row_over_many_tokens_is_truncated_exactly():
     assert min(drawn) < min(allowed) + 30, "the unlikely end of what is kept is drawn too"
 
 
+@pytest.mark.parametrize("top_k", [1023, 1024, 1025, 2000, 2999, 3000, 5000])
+def test_top_p_is_a_share_of_what_top_k_keeps_however_many_that_are(top_k):
+    """Around the short list of 1024 likeliest and the vocabulary of 3000, on the host and on the device."""
+    logits = torch.linspace(0, 0.1, 3000)
+    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=0.5)
+    allowed = set(expected(logits, sampling).nonzero().flatten().tolist())
+    draws = [Draw(sampling, 0, 0, position) for position in range(3000)]
+    drawn = sample(logits.expand(3000, -1), draws)
+    assert set(drawn) <= allowed
+    assert min(drawn) < min(allowed) + 30, "the unlikely end of what is kept is drawn too"
+    ids = draw(logits.expand(3000, -1), numbers(draws), False, True).tolist()
+    assert ids == (drawn if top_k <= 1024 else [-1] * 3000)
+
+
+def test_a_peaked_row_needs_no_order_of_the_whole_unless_top_k_is_between():
+    """Where 1024 tokens carry top_p: with a top_k beyond them, what top_p is a share of is not known from them."""
+    logits = torch.linspace(0, 60, 3000)
+    for top_k, known in ((0, True), (10, True), (2000, False), (3000, True)):
+        draws = [Draw(Sampling(temperature=1.0, top_k=top_k, top_p=0.5), 0, 0, position) for position in range(50)]
+        ids = draw(logits.expand(50, -1), numbers(draws), False, True).tolist()
+        assert ids == (sample(logits.expand(50, -1), draws) if known else [-1] * 50)
+
+
 def test_draws_on_the_device_are_those_of_the_host():
     """Every setting in one batch, greedy rows too; only where all V must be sorted the host is asked (-1)."""
     mixed = [

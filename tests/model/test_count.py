@@ -15,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from whimbrel import ops
 from whimbrel.errors import UserError
-from whimbrel.model import count
+from whimbrel.model import count, fewbits
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
+from whimbrel.model.linear import matrices, place
 from whimbrel.model.presets import preset
 from whimbrel.model.state import State
+from whimbrel.ops.packed import round_to_nearest
 
 HYBRID = replace(
     preset("hybrid-290m"),
@@ -127,6 +129,39 @@ def test_flops_by_hand() -> None:
     assert count.mean_context([4]) == 2.5
     assert count.mean_context([1, 3]) == 1.75
     assert count.mean_context([]) == 0
+
+
+@pytest.mark.parametrize("config", [HYBRID, DENSE, replace(HYBRID, vocab_size=50, intermediate_size=336)])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int8/64", "fp8"])
+def test_few_bits_as_a_gpu_holds_them(config: ModelConfig, dtype: str) -> None:
+    """Codes, scales, rows that fill up, and 16 bits where the group does not divide: planned = built."""
+    model = LanguageModel(config, dtype=torch.bfloat16).initialise(0)
+    name, _, group = dtype.partition("/")
+    for module, weight in matrices(model).items():
+        if dtype != "fp8" and weight.shape[1] % int(group or 32) == 0:
+            assert isinstance(weight, torch.Tensor)
+            place(model, module, round_to_nearest(weight.detach(), int(name[3:]), int(group or 32)))
+    (fewbits.to_fp8 if dtype == "fp8" else lambda m: fewbits.settle(m, torch.bfloat16))(model)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert count.weights_bytes(config, dtype) == held < count.weights_bytes(config, "bfloat16")
+    table = sum(tensor.nbytes for tensor in (*model.embeddings.parameters(), *model.embeddings.buffers()))
+    moved = count.decode_bytes(config, 7, 3, dtype)
+    assert moved["weights"] == held - (not config.tie_embeddings) * table + 3 * table // config.vocab_size
+    assert {k: v for k, v in moved.items() if k != "weights"} == {
+        k: v for k, v in count.decode_bytes(config, 7, 3, "bfloat16").items() if k != "weights"
+    }
+    more = count.activation_bytes(config, 512, 512, dtype) - count.activation_bytes(config, 512, 512, "bfloat16")
+    largest = max(w.shape[0] * w.shape[1] for name, w in matrices(model).items() if name.startswith("layers"))
+    assert more == (512 * config.intermediate_size if dtype == "fp8" else 2 * largest)
+
+
+@given(config=configs())
+@settings(deadline=None)
+def test_fp8_of_any_shape(config: ModelConfig) -> None:
+    model = LanguageModel(config, dtype=torch.bfloat16).initialise(0)
+    fewbits.to_fp8(model)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert count.weights_bytes(config, "fp8") == held
 
 
 def test_decode_bytes_of_published_roofline() -> None:

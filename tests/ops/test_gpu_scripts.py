@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ def test_what_a_row_found_before_it_failed_is_kept(tmp_path, monkeypatch):
         yield {"what": "first", "share": 0.5}
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(gpu_measure.ROWS, "fails", (fails, 10))
+    monkeypatch.setitem(gpu_measure.ROWS, "fails", gpu_measure.Limits(fails, 1, 10))
     out = tmp_path / "results.jsonl"
     with pytest.raises(RuntimeError):
         gpu_measure.child("fails", gpu_measure.Place(dry=True), out)
@@ -39,13 +40,82 @@ def test_what_a_row_found_before_it_failed_is_kept(tmp_path, monkeypatch):
 def test_operations_that_failed_the_check_run_in_torchs_form(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_measure
+    from gpu_check import cases
 
     out = tmp_path / "results.jsonl"
-    failed = {"scan 64x128 bfloat16": "error 1.0", "steps float32": "no", "rms_norm float32": "no"}
-    out.write_text(json.dumps({"row": "check", "dry": False, "ok": False, "failed": failed}) + "\n")
-    assert gpu_measure.wrong(out) == ["rms_norm", "ssd", "conv_step", "ssd_step", "paged_attention"]
-    out.write_text(json.dumps({"row": "check", "dry": False, "failed": "it was killed"}) + "\n")
-    assert {"ssd", "attention", "kl"} <= set(gpu_measure.wrong(out)), "a check that did not end trusts nothing"
+    words = [name.split(" ")[0] for name, *_ in cases(True, torch.float32)]
+    words += ["conv_step", "ssd_step", "mamba_step", "paged_attention", "linear"]
+
+    def after(bad, seen):
+        rows = [{"row": "check", "case": f"{word} bfloat16", "ok": word not in bad} for word in seen]
+        out.write_text("".join(json.dumps(row) + "\n" for row in [{"row": "machine"}, *rows]) + '{"row": "torn')
+        return gpu_measure.wrong(out)
+
+    assert after([], words) == []
+    assert after(["scan", "ssd_step", "rms_norm"], words) == ["rms_norm", "ssd", "ssd_step"]
+    assert after([], [word for word in words if word != "cross_entropy"]) == ["cross_entropy", "log_prob"], "not seen"
+    assert {"ssd", "attention", "kl"} <= set(after([], [])), "a check that saw nothing trusts nothing"
+
+
+def test_rows_share_the_time_by_worth(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_measure import ROWS, share
+
+    names = list(ROWS)
+    assert sum(row.least for row in ROWS.values()) < 540, "every row can be begun within a lease"
+
+    def spend(part):
+        """Seconds given to each row when each uses a part of what it is given."""
+        left, given = 540.0, {}
+        for at, name in enumerate(names):
+            given[name] = share(names[at:], left)
+            left -= part * given[name]
+        return given, left
+
+    greedy, left = spend(1.0)
+    assert left >= 0 and all(greedy[name] >= ROWS[name].least for name in names)
+    assert all(given == ROWS[name].most for name, given in spend(0.3)[0].items()), "what is not used goes on"
+    assert share(["fp8"], ROWS["fp8"].least - 1) == 0, "what cannot fit is not begun"
+    assert share(["peers", "train"], ROWS["peers"].least) == ROWS["peers"].least, "worth goes before number"
+
+
+def test_a_row_that_cannot_fit_is_skipped_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_measure
+
+    monkeypatch.setattr(gpu_measure, "machine", lambda place: {"gpu": "none"})
+    monkeypatch.setattr(gpu_measure.gpu_floors, "floors", lambda: [{"row": "decode", "floor_seconds": 0.5}])
+    out = tmp_path / "results.jsonl"
+    assert gpu_measure.parent(["fp8", "decode"], gpu_measure.Place(dry=False), out, 5.0) == 1
+    said = capsys.readouterr().out
+    assert "floor_seconds=0.5" in said and "fp8: skipped, 5 s are left and it takes 30 at least" in said
+    whole = json.loads(out.with_suffix(".json").read_text())
+    assert [record["row"] for record in whole["records"]] == ["fp8", "decode"] and len(whole["failed"]) == 2
+
+
+def test_the_ratios_predicted_are_those_of_plan(monkeypatch):
+    """The largest batches of `plan`, its bytes over bandwidth and its prompts over peak: written out for one job."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_floors import CAP, H200, PEERS, floors, served
+
+    from whimbrel.engine.plan import plan
+    from whimbrel.model.presets import preset
+
+    for name in PEERS:
+        given = {"memory": int(CAP), "bandwidth": H200.bandwidth, "peak": H200.peak, "prefill_tokens": 8192}
+        made = plan(preset(name), context=8192 + 16384, **given | {"prefill_tokens": 512})
+        found = served(preset(name), H200, CAP, 8192, 16384, "reserved")
+        assert found["batch"] == made.largest_batch
+        assert found["prompt_seconds"] == pytest.approx(plan(preset(name), context=8192, **given).prefill_seconds)
+        alone = plan(preset(name), context=8192 + 8192, **given).decode_tokens_per_second
+        assert found["step_seconds"] * alone > 1 - 1e-9
+    said = floors()
+    first = next(r for r in said if r["row"] == "peers")
+    assert first["batches"] == [9, 1] and 6 < first["predicted_ratio"] < 8, (
+        "the seeds' six, where the worst is reserved"
+    )
+    written = json.loads((ROOT / "benchmarks/results/gpu/dry_run.json").read_text())["floors"]
+    assert written == json.loads(json.dumps(said)), "python benchmarks/gpu_measure.py --dry-run writes them anew"
 
 
 @pytest.mark.slow
@@ -59,6 +129,9 @@ def test_every_row_runs_in_a_dry_run(tmp_path):
 
     assert {record["row"] for record in records} == {"machine", *gpu_measure.ROWS}
     assert not [record for record in records if record.get("failed")]
+    whole = json.loads(out.with_suffix(".json").read_text())
+    assert whole["floors"] == json.loads(json.dumps(gpu_measure.gpu_floors.floors())) and not whole["failed"]
+    assert len(whole["records"]) == len(records) - 1
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from whimbrel import ops
 from whimbrel.ops import cpu, vectorised
 from whimbrel.ops.cpu import library, matmul
 from whimbrel.ops.segments import Segments
+from whimbrel.ops.torch.mamba import of_parts
 
 pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason="the native library is not built here")
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(lambda lengths: sum(lengths) > 0)
@@ -114,6 +115,56 @@ def test_convolution(lengths, channels, width, biased, seed):
         return call
 
     compare(run(cpu), run(vectorised), leaves, seed)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=LENGTHS,
+    shared=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    width=st.integers(1, 40),
+    size=st.integers(1, 40),
+    taps=st.integers(1, 5),
+    biased=st.booleans(),
+    limited=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_layer_is_its_parts(lengths, shared, groups, width, size, taps, biased, limited, seed):
+    """Outputs are those of the parts bit for bit, gradients too but for the rounding of a softplus's slope.
+
+    The parts are held to float64 by the other tests here.
+    """
+    g, segments, heads = torch.Generator().manual_seed(seed), Segments.of(lengths), shared * groups
+    inner, channels = heads * width, heads * width + 2 * groups * size
+    leaves = {
+        "z": torch.randn(sum(lengths), inner + channels + heads, generator=g),
+        "conv": torch.randn(channels, taps, generator=g),
+        "conv_bias": torch.randn(channels, generator=g) if biased else None,
+        "dt_bias": torch.randn(heads, generator=g) - 2,
+        "a": -(1 + 15 * torch.rand(heads, generator=g)),
+        "d": torch.randn(heads, generator=g),
+        "norm": torch.randn(inner, generator=g),
+    }
+    more = (segments, groups, 1e-5, (0.05, 0.3) if limited else (0.0, float("inf")))
+    parts = of_parts(vectorised.step_size, cpu.conv, cpu.ssd, cpu.gated_norm)
+    up = torch.randn(sum(lengths), inner, generator=g)
+
+    def learned(form):
+        row = [None if v is None else v.clone().requires_grad_() for v in leaves.values()]
+        y = form(*row, *more)
+        y.backward(up)
+        return y.detach(), {name: v.grad for name, v in zip(leaves, row, strict=True) if v is not None}
+
+    for isa in ISAS:
+        with instruction_set(isa):
+            (y, gradients), (expected, expected_gradients) = learned(cpu.mamba_layer), learned(parts)
+            with torch.no_grad():
+                assert torch.equal(cpu.mamba_layer(*leaves.values(), *more), y), isa
+        assert torch.equal(y, expected), isa
+        terms_H = expected_gradients["z"][:, -heads:].abs().sum(0).clamp(min=0.1)  # much of their sum cancels
+        terms = {"dt_bias": terms_H}
+        for name, gradient in gradients.items():
+            assert gap(gradient, expected_gradients[name], terms.get(name)) < 2e-6, (isa, name)
 
 
 @settings(max_examples=25, deadline=None)

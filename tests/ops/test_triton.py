@@ -152,6 +152,87 @@ def test_scan_of_one_token_each(softplus):
     assert gap(mine, true) < 2e-5
 
 
+LAYERS = {"odd": (6, 3, 5, 7, 4), "one": (1, 1, 1, 1, 1), "wide": (4, 2, 40, 16, 3), "whole": (4, 1, 20, 33, 2)}
+"""heads, groups, width, state, taps"""
+
+
+def layer_inputs(shape, count, dtype, biased=True):
+    heads, groups, width, size, taps = LAYERS[shape]
+    inner, channels = heads * width, heads * width + 2 * groups * size
+    row = [normal(count, inner + channels + heads), normal(channels, taps, seed=1), normal(channels, seed=2)]
+    row = [v.to(dtype) for v in row]
+    row += [normal(heads, seed=3).float(), -normal(heads, seed=4).exp().float(), normal(heads, seed=5).float()]
+    row.append((1 + normal(inner, seed=6)).to(dtype))
+    tail, state = normal(9, max(taps - 1, 0), channels, seed=7).to(dtype), normal(9, heads, width, size, seed=8)
+    return [v if biased or at != 2 else None for at, v in enumerate(row)], tail, state, (groups, 1e-5, (0.01, 2.0))
+
+
+def layer(module, inputs, slots, place, kind=None, state_kind=torch.float32, **more):
+    """Output, tails and states after one token."""
+    row, tail, state, rest = inputs
+    given = [None if v is None else v.to(place, kind or v.dtype) for v in row]
+    given[0] = apart(given[0])
+    tail = tail.to(place, kind or tail.dtype, copy=True).transpose(1, 2)
+    state = state.to(place, kind or state_kind, copy=True)
+    y = module.mamba_step(*given, tail, state, torch.tensor(slots, device=place), *rest, **more)
+    return y, tail, state
+
+
+@pytest.mark.parametrize("dtype, most", [F32, BF16])
+@pytest.mark.parametrize("programs", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "shape, slots, biased",
+    [("odd", [3, 0, 8, 5], True), ("one", [2], True), ("wide", [1, 7], False), ("whole", [4, 2, 0], True)],
+)
+def test_a_layer_between_its_projections_in_one_kernel(shape, slots, biased, programs, dtype, most):
+    """However many programs share a group; a second token finds the counters at zero and the tails moved on."""
+    inputs = layer_inputs(shape, len(slots), dtype, biased)
+    with launch.trial("mamba_step", {"width": 8, "num_warps": 2, "programs": programs}):
+        for _ in range(2):
+            found = layer(kernels, inputs, slots, DEVICE)
+            for module, kind in ((reference, torch.float64), (vectorised, torch.float64)):
+                for mine, true in zip(found, layer(module, inputs, slots, "cpu", kind), strict=True):
+                    assert gap(mine, true) < most if true.numel() else mine.shape == true.shape
+            row, _, _, rest = inputs
+            inputs = row, found[1].cpu().transpose(1, 2).contiguous(), found[2].cpu(), rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_over_a_float16_state_is_a_neighbour_of_the_exact_one(dtype):
+    inputs, slots = layer_inputs("wide", 3, dtype), [5, 1, 2]
+    inputs = *inputs[:2], inputs[2].half(), inputs[3]
+    exact = layer(reference, inputs, slots, "cpu", torch.float64)[2][slots]
+    seeds = torch.tensor([4096, 8192, 4096 * 77])
+    found = [
+        layer(kernels, inputs, slots, DEVICE, state_kind=torch.float16, seed=(seeds + more).to(DEVICE))
+        for more in (0, 1)
+    ]
+    state, other = (v[2][slots].cpu().double() for v in found)
+    step = torch.exp2(exact.abs().clamp(min=2**-14).log2().floor() - 10)
+    assert ((state - exact).abs() <= step + 2e-6).all() and not state.equal(other)
+    spread = (1 / 6 / exact.numel()) ** 0.5
+    assert abs(((state - exact) / step).mean()) < 6 * spread, "up as often as down"
+    with launch.trial("mamba_step", {"width": 16, "num_warps": 2, "programs": 1}):
+        again = layer(kernels, inputs, slots, DEVICE, state_kind=torch.float16, seed=seeds.to(DEVICE))
+    assert again[2].equal(found[0][2]), "how a group is shared does not change how a number is rounded"
+    with pytest.raises(AssertionError, match="give a seed"):
+        layer(kernels, inputs, slots, DEVICE, state_kind=torch.float16)
+
+
+def test_a_layer_that_does_not_fit_one_kernel_takes_three(monkeypatch):
+    from whimbrel.ops.triton import mamba
+
+    inputs, slots = layer_inputs("odd", 3, torch.float32), [1, 0, 4]
+    true = layer(reference, inputs, slots, "cpu", torch.float64)
+    monkeypatch.setattr(mamba, "_layer", None)
+    with pytest.raises(TypeError):
+        layer(kernels, inputs, slots, DEVICE)
+    monkeypatch.setattr(mamba, "WIDEST", 9)
+    found = layer(kernels, inputs, slots, DEVICE)
+    for mine, exact in zip(found, true, strict=True):
+        assert gap(mine, exact) < 2e-5
+
+
 def test_a_float16_state_is_rounded_up_and_down_in_proportion():
     """An update far below half a step of float16 is lost by rounding to the nearest, and kept on average here."""
     heads, size, old, add = 4, 64, 1.0, 1e-4  # float16 has steps of 9.8e-4 above 1
@@ -253,7 +334,21 @@ def test_the_form_is_chosen_in_one_place():
     with ops.using("torch"):
         assert type(ops.rms_norm(x, weight, 1e-5).grad_fn).__name__ != "_NormBackward"
     on_gpu = ops.active("cuda")
-    assert on_gpu["ssd"] == "triton" and on_gpu["linear"] == "torch" and set(on_gpu) == set(ops.OPERATIONS)
+    assert on_gpu["ssd"] == on_gpu["linear"] == "triton" and on_gpu["layer_norm_1p"] == "torch"
+    assert set(on_gpu) == set(ops.OPERATIONS)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (9, 48), (3, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_cast_to_fp8_as_torch_does(shape, dtype):
+    from whimbrel.ops import fp8
+    from whimbrel.ops.triton import quantise
+
+    x = (normal(*shape) * torch.logspace(-3, 3, shape[0])[:, None]).to(dtype)
+    x[0, :] = 448 * 2.0**-9 if shape[0] > 1 else 0  # a power of two as it is; a row of zeros
+    codes, scales = quantise.by_rows(apart(x).to(DEVICE))
+    true = fp8.quantise(x, "row")
+    assert torch.equal(scales.cpu(), true.scale) and torch.equal(codes.cpu().float(), true.codes.float())
 
 
 @pytest.mark.parametrize("relu2", [False, True])

@@ -7,9 +7,10 @@ from torch import nn
 
 from whimbrel.errors import UserError
 from whimbrel.model import LanguageModel, ModelConfig
+from whimbrel.ops.fp8 import E4M3, E5M2, Scaled, check_layout, product, quantise
 from whimbrel.train import precision
 from whimbrel.train.loop import TrainSettings
-from whimbrel.train.precision import E4M3, E5M2, Fp8, Scaled, check_layout, converted, product, quantise
+from whimbrel.train.precision import Fp8, converted
 
 RECIPES = ("tensorwise", "rowwise", "blockwise")
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from whimbrel.engine.graphs import record
+from whimbrel.engine.memory import check_state_dtype
 from whimbrel.engine.plan import BLOCK, prompt_flops
 from whimbrel.errors import UserError
 from whimbrel.events import Report, silent
-from whimbrel.model import count
+from whimbrel.model import checkpoint, count, fewbits
 from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
 from whimbrel.model.linear import pack_model
@@ -31,6 +32,8 @@ from whimbrel.ops.cpu.library import isa, timed
 from whimbrel.units import format_count
 
 BITS = {"float16": 16, "int8": 8, "int4": 4}
+KNOWN = {"cpu": ("float32", *BITS, "fp8"), "cuda": ("float32", "bfloat16", "int8", "int4", "fp8")}
+"""What `dtype` may be on a device."""
 PROMPT = {"cpu": 512, "cuda": 8192}
 """Tokens of a prompt in one step: on a CPU as in the engine, on a GPU so many that products are at their best."""
 SECONDS = 1.0
@@ -91,7 +94,7 @@ def parts(work: Callable[[], object], seconds: float) -> dict[str, float]:
 class Task:
     """A model, and a state for `batch` sequences of `context` tokens, filled as if those had been read."""
 
-    def __init__(self, model: LanguageModel, context: int, batch: int) -> None:
+    def __init__(self, model: LanguageModel, context: int, batch: int, state_dtype: str = "float32") -> None:
         self.model, self.context, self.batch, self.device = model, context, batch, model.device
         self.prompt = PROMPT[self.device.type]
         self.graph: Any = None
@@ -102,6 +105,7 @@ class Task:
             blocks=batch * self.blocks,
             dtype=model.dtype,
             kv_dtype=model.kv_dtype,
+            ssm_dtype=getattr(torch, check_state_dtype(state_dtype)),
             device=self.device,
         )
         for side in (self.state.k, self.state.v, self.state.ssm, self.state.conv):
@@ -179,20 +183,34 @@ def on_device(work: Callable[[], object], seconds: float) -> dict[str, float]:
 def load(name: str, dtype: str, device: str = "cpu") -> LanguageModel:
     """The model of a folder, file, fetched name or hub id, or random weights in the shape of a preset.
 
-    On a CPU float16, int8 and int4 are weights of so many bits, rounded to the nearest; the arithmetic is float32.
-    On a GPU the arithmetic is in the dtype, float32 or bfloat16.
+    float16, int8 and int4 are weights of so many bits, rounded to the nearest, fp8 those of projections; the arithmetic
+    is float32 on a CPU and bfloat16 on a GPU, or the dtype. A folder of few bits is taken as it is.
     """
-    known = ("float32", *BITS) if device == "cpu" else ("float32", "bfloat16")
-    if dtype not in known:
-        raise UserError(f"dtype is {dtype!r}; on this device set dtype to one of {', '.join(known)}")
-    if device == "cpu":
-        model = LanguageModel(PRESETS[name]).initialise(0) if name in PRESETS else LanguageModel.load(name)
-        if dtype in BITS:
-            pack_model(model, BITS[dtype])
-        return model
+    if dtype not in KNOWN[device]:
+        raise UserError(f"dtype is {dtype!r}; on this device set dtype to one of {', '.join(KNOWN[device])}")
+    rows = checkpoint.by_rows(torch.device(device))
+    plain = dtype if dtype in checkpoint.DTYPES and dtype not in BITS else "bfloat16" if rows else "float32"
+    form = None if name in PRESETS else checkpoint.load_form(name)
+    if form is not None and dtype not in (plain, form.name):
+        raise UserError(f"dtype is {dtype}, but {name} holds {form.name}; set dtype to {form.name}")
     if name in PRESETS:
-        return LanguageModel(PRESETS[name], device=device, dtype=getattr(torch, dtype)).initialise(0)
-    return LanguageModel.load(name, dtype=dtype, device=device)
+        model = LanguageModel(PRESETS[name], device=device, dtype=getattr(torch, plain)).initialise(0)
+    else:
+        model = LanguageModel.load(name, dtype="fp8" if dtype == "fp8" else plain, device=device)
+    if form is None and (dtype != "fp8" or name in PRESETS):
+        round_weights(model, dtype, rows)
+    return model
+
+
+def round_weights(model: LanguageModel, dtype: str, rows: bool) -> None:
+    """Round weights to the nearest of `dtype`, in place, if it has few bits; with `rows` as a GPU reads them."""
+    if dtype == "fp8":
+        fewbits.to_fp8(model)
+    elif dtype in BITS:
+        plain = model.dtype
+        pack_model(model, BITS[dtype])
+        if rows:
+            fewbits.settle(model, plain)
 
 
 def numbers(text: str, name: str) -> list[int]:
@@ -211,12 +229,14 @@ def run(
     threads: int = 0,
     report: Report = silent,
     device: str = "cpu",
+    state_dtype: str = "float32",
 ) -> dict[str, Any]:
     """Load a model and measure a prompt of each length and a step of decoding at each depth and batch: plain data."""
     if device not in ("cpu", "cuda"):
         raise UserError(f"device is {device!r}; set device to cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but torch finds no GPU; set device to cpu")
+    check_state_dtype(state_dtype)
     if threads:
         torch.set_num_threads(threads)
     model, bandwidth, peak = load(name, dtype, device), machine.bandwidth(device), machine.matmul_peak(device)
@@ -225,9 +245,10 @@ def run(
     rows = []
     for done, (task, context, batch) in enumerate(tasks):
         report({"event": "progress", "done": done, "total": len(tasks), "unit": "tasks", "text": f"{task} {context}"})
-        rows.append(measure(Task(model, context, batch), task, bandwidth, peak))
-    said = {"model": name, "parameters": count.total(model.config), "dtype": dtype, "native": isa(), "device": device}
-    return said | {"threads": torch.get_num_threads(), "bandwidth": bandwidth, "peak": peak, "rows": rows}
+        rows.append(measure(Task(model, context, batch, state_dtype), task, bandwidth, peak))
+    said = {"model": name, "parameters": count.total(model.config), "dtype": dtype, "state_dtype": state_dtype}
+    said |= {"native": isa(), "device": device, "threads": torch.get_num_threads()}
+    return said | {"bandwidth": bandwidth, "peak": peak, "rows": rows}
 
 
 def measure(task: Task, name: str, bandwidth: float, peak: float) -> dict[str, Any]:
@@ -254,9 +275,10 @@ def measure(task: Task, name: str, bandwidth: float, peak: float) -> dict[str, A
 def as_text(found: Mapping[str, Any]) -> str:
     """The table a person reads."""
     native = f"native: {found['native'] or 'none'}; {found['threads']} threads"
+    states = f" with {found['state_dtype']} states" if found["state_dtype"] != "float32" else ""
     where = native if found["device"] == "cpu" else "recorded graphs on the GPU, whose kernels"
     head = (
-        f"{found['model']}: {format_count(found['parameters'])} parameters, {found['dtype']}, "
+        f"{found['model']}: {format_count(found['parameters'])} parameters, {found['dtype']}{states}, "
         f"{where} read {found['bandwidth'] / 1e9:.1f} GB/s here and "
         f"multiply matrices at {found['peak'] / 1e9:.0f} GFLOP/s"
     )

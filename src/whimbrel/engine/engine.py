@@ -18,7 +18,7 @@ import torch
 
 from whimbrel.engine.answer import Answer, Chunk
 from whimbrel.engine.graphs import DecodeGraphs
-from whimbrel.engine.memory import default_kv_tokens
+from whimbrel.engine.memory import check_state_dtype, default_kv_tokens
 from whimbrel.engine.pool import Pool
 from whimbrel.engine.prompt import Prompt, read_prompt
 from whimbrel.engine.sampler import LogProb, on_device, sample, top_log_probs
@@ -66,9 +66,7 @@ class Engine:
         for name, value in (sizes if kv_tokens is None else sizes | {"kv_tokens": kv_tokens}).items():
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1; set {name} to 16")
-        if state_dtype not in ("float32", "float16"):
-            raise UserError(f"state_dtype is {state_dtype!r}; set state_dtype to float32 or float16")
-        self.state_dtype = state_dtype
+        self.state_dtype = check_state_dtype(state_dtype)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={model.config.vocab_size}; "

@@ -8,8 +8,17 @@ from pathlib import Path
 
 import torch
 
+from whimbrel.errors import UserError
 from whimbrel.model import count
 from whimbrel.model.config import ModelConfig
+
+
+def check_state_dtype(name: str) -> str:
+    """The name of a dtype that recurrent states may have; another raises `UserError`."""
+    if name not in ("float32", "float16"):
+        raise UserError(f"state_dtype is {name!r}; set state_dtype to float32 or float16")
+    return name
+
 
 _SHARE = {"cpu": 0.5, "cuda": 0.9}
 

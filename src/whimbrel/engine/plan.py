@@ -104,7 +104,7 @@ def plan(
         if value < 1:
             works = {"memory": "22GiB", "context": min(8192, config.max_position_embeddings)}.get(setting, 1)
             raise UserError(f"{setting} is {value}; set {setting} to 1 or more, for example {works}")
-    kv_dtype = kv_dtype or dtype
+    kv_dtype = kv_dtype or count.computed(dtype)
     need = _Need(config, dtype, kv_dtype, prefill_tokens, reserve, state_dtype)
     total, room = need.fixed(context) + batch * need.sequence(context), max(0, memory - need.fixed(context))
     largest = room // need.sequence(context)
@@ -138,7 +138,7 @@ def plan(
 
 def serving_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: str = "bfloat16") -> int:
     """`total_bytes` of a plan with nothing kept free, for those who look at thousands of shapes."""
-    need = _Need(config, dtype, dtype, 512, 0, "float32")
+    need = _Need(config, dtype, count.computed(dtype), 512, 0, "float32")
     return need.fixed(context) + batch * need.sequence(context)
 
 

@@ -127,7 +127,7 @@ def _truncated(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], _CANDIDATES))
     if not _suffice(top_SW, probs_SV.shape[-1], settings_5S).all():
         top_SW, ids_SW = probs_SV.sort(stable=True, dim=-1, descending=True)
-    return _cut(top_SW, ids_SW, settings_5S).tolist()
+    return _cut(top_SW, ids_SW, probs_SV.shape[-1], settings_5S).tolist()
 
 
 def numbers(draws: Rows[Draw]) -> Tensor:
@@ -164,7 +164,7 @@ def draw(logits_SV: Tensor, settings_5S: Tensor, whole: bool, truncated: bool) -
     if truncated:
         top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], _CANDIDATES))
         enough_S = _suffice(top_SW, probs_SV.shape[-1], settings_5S)
-        cut_S = torch.where(enough_S, _cut(top_SW, ids_SW, settings_5S), -1)
+        cut_S = torch.where(enough_S, _cut(top_SW, ids_SW, probs_SV.shape[-1], settings_5S), -1)
         ids_S = torch.where(((top_p_S1 < 1) | limit_S1.isfinite())[:, 0], cut_S, ids_S)
     return torch.where(temperature_S1[:, 0] == 0, best_S, ids_S)
 
@@ -175,9 +175,10 @@ def _columns(settings_5S: Tensor) -> tuple[Tensor, ...]:
 
 
 def _suffice(top_SW: Tensor, vocabulary: int, settings_5S: Tensor) -> Tensor:
-    """[S] bool: do the likeliest W hold all that top_k and top_p keep?"""
+    """[S] bool: do the likeliest W hold all that top_k and top_p keep, and say what top_p is a share of?"""
     _, top_p_S, limit_S, _, _ = settings_5S.unbind(0)
-    return (limit_S.clamp(max=vocabulary) <= top_SW.shape[-1]) | (top_SW.sum(-1) >= top_p_S)
+    enough_S = (limit_S >= vocabulary) & (top_SW.sum(-1) >= top_p_S)
+    return (limit_S.clamp(max=vocabulary) <= top_SW.shape[-1]) | enough_S
 
 
 def _uncut(probs_SV: Tensor, min_p_S1: Tensor | None, share_S1: Tensor) -> Tensor:
@@ -186,12 +187,11 @@ def _uncut(probs_SV: Tensor, min_p_S1: Tensor | None, share_S1: Tensor) -> Tenso
     return _invert(probs_SV, share_S1)[:, 0]
 
 
-def _cut(top_SW: Tensor, ids_SW: Tensor, settings_5S: Tensor) -> Tensor:
-    """[S] ids drawn from the likeliest W, which are in order."""
+def _cut(top_SW: Tensor, ids_SW: Tensor, vocabulary: int, settings_5S: Tensor) -> Tensor:
+    """[S] ids drawn from the likeliest W, which are in order; top_p is a share of what top_k keeps."""
     _, top_p_S1, limit_S1, min_p_S1, share_S1 = _columns(settings_5S)
-    width = top_SW.shape[-1]
-    kept_SW = top_SW * (torch.arange(width, device=top_SW.device) < limit_S1)
-    total_S1 = torch.where(limit_S1 < width, kept_SW.sum(-1, keepdim=True), torch.ones_like(top_SW[:, :1]))
+    kept_SW = top_SW * (torch.arange(top_SW.shape[-1], device=top_SW.device) < limit_S1)
+    total_S1 = torch.where(limit_S1 < vocabulary, kept_SW.sum(-1, keepdim=True), torch.ones_like(top_SW[:, :1]))
     before_SW = kept_SW.cumsum(-1) - kept_SW
     kept_SW = kept_SW * (before_SW < top_p_S1 * total_S1)
     kept_SW = kept_SW * (kept_SW >= min_p_S1 * top_SW[:, :1])

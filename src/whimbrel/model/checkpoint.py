@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,24 +138,34 @@ def load(
     """The model of a folder, file, fetched name or hub id. Mamba's A_log, D and dt_bias are always float32.
 
     float16 on a CPU means matrices of 16 bits; all else, and the arithmetic, is float32. So it is with matrices of
-    fewer bits, on every device.
+    fewer bits; on a GPU these are turned into rows, one at a time, and the arithmetic is float32 or bfloat16. fp8:
+    projections are rounded to FP8 one at a time; all else is bfloat16 (on a CPU, which only emulates it, float32).
     """
-    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    rows = by_rows(torch.device(device))
+    kinds = DTYPES | {"fp8": torch.bfloat16 if rows else torch.float32}
+    kind = kinds.get(dtype) if isinstance(dtype, str) else dtype
     if kind is None:
-        raise UserError(f"dtype is {dtype!r}; {nearest(str(dtype), DTYPES)} (set dtype to one of {', '.join(DTYPES)})")
+        raise UserError(f"dtype is {dtype!r}; {nearest(str(dtype), kinds)} (set dtype to one of {', '.join(kinds)})")
     path = resolve(source)
     config, form = load_config(path), load_form(path)
-    if form is not None and kind != torch.float32:
-        raise UserError(f"dtype is {dtype}, but {path} holds {form.name}, computed in float32; set dtype to float32")
+    if form is not None and (dtype == "fp8" or (kind != torch.float32 and not (rows and kind == torch.bfloat16))):
+        works = "bfloat16" if rows else "float32"
+        raise UserError(f"dtype is {dtype}, but {path} holds {form.name}, computed in {works}; set dtype to {works}")
     if kind == torch.float16 and torch.device(device).type == "cpu":
         form, kind = FewBits(16), torch.float32
     weights, names = _source(path, config)
     model = LanguageModel(config, device="meta", dtype=kind)
     if form is not None:
-        fewbits.prepare(model, form, names, str(path))
+        fewbits.prepare(model, form, names, str(path), rows)
     table = _table(fewbits.on_disk(model, names), weights, path)
-    fill(model, weights, table, torch.device(device), path)
+    after = partial(fewbits.to_fp8, model) if dtype == "fp8" else partial(fewbits.settle, model, kind) if rows else None
+    fill(model, weights, table, torch.device(device), path, after)
     return model
+
+
+def by_rows(device: torch.device) -> bool:
+    """Do matrices of few bits lie in rows there? On a GPU they do."""
+    return device.type == "cuda"
 
 
 def opened(path: Path, config: ModelConfig) -> tuple[Source, dict[str, str]]:
@@ -205,8 +216,16 @@ def _same(source: Source, head: str | None, embeddings: str, where: Path) -> Non
         )
 
 
-def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device: torch.device, where: Path) -> None:
-    """Give every tensor of a model on the meta device its values. All shapes are checked before one is read.
+def fill(
+    model: LanguageModel,
+    source: Source,
+    table: Mapping[str, str],
+    device: torch.device,
+    where: Path,
+    after: Callable[[str], None] | None = None,
+) -> None:
+    """Give every tensor of a model on the meta device its values. All shapes are checked before one is read. `after` is
+    told of each tensor by name once it is there.
 
     On a CPU codes and scales of more than `MAPPED` bytes stay where the file is mapped, if they lie there as the model
     wants them. Fewer are copied to huge pages, from which they are read twice as fast.
@@ -234,6 +253,8 @@ def fill(model: LanguageModel, source: Source, table: Mapping[str, str], device:
         owner, _, leaf = ours.rpartition(".")
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         setattr(model.get_submodule(owner), leaf, new)
+        if after:
+            after(ours)
     model.touch()
 
 

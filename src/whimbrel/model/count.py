@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from whimbrel.errors import UserError, nearest
 from whimbrel.model.config import ATTENTION, FEED_FORWARD, MAMBA, ModelConfig
+from whimbrel.ops.packed import GROUPS, SIDE, SLICE
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = 4
@@ -18,12 +19,54 @@ SCAN_CHUNK = 64
 
 
 def dtype_bytes(dtype: str, name: str = "dtype") -> int:
-    """Bytes of one number; an unknown dtype raises `UserError` that names the setting `name`."""
+    """Bytes of one number that is computed with; an unknown dtype raises `UserError` that names the setting `name`."""
+    dtype = computed(dtype) if name == "dtype" else dtype
     if dtype not in DTYPE_BYTES:
-        raise UserError(
-            f"{name} is {dtype!r}; {nearest(str(dtype), DTYPE_BYTES)} (set {name} to bfloat16, for example)"
-        )
+        known = [*DTYPE_BYTES, *FEW] if name == "dtype" else DTYPE_BYTES
+        raise UserError(f"{name} is {dtype!r}; {nearest(str(dtype), known)} (set {name} to bfloat16, for example)")
     return DTYPE_BYTES[dtype]
+
+
+FEW = {"int8": 8, "int4": 4, "fp8": 8}
+"""Bits of weights as a GPU holds them (docs/gpu.md); groups of 32 inputs, or as in int4/64."""
+
+
+def computed(dtype: str) -> str:
+    """What is computed with beside weights stored as `dtype`: bfloat16 for few bits, else the same."""
+    name, _, group = dtype.partition("/")
+    few = name in FEW and (not group or (name != "fp8" and group in map(str, GROUPS)))
+    return "bfloat16" if few else dtype
+
+
+def _stored(outputs: int, inputs: int, dtype: str, projection: bool = True) -> int:
+    """Bytes of a matrix stored as `dtype`: codes and scales; 16 bits where its sides do not allow fewer."""
+    name, _, group = dtype.partition("/")
+    each = int(group or 32)
+    if name == "fp8" and projection and inputs % SIDE == 0:
+        return -(-outputs // SIDE) * SIDE * (inputs + FLOAT32)
+    if name in ("int8", "int4") and inputs % each == 0:
+        return outputs * (inputs * FEW[name] // 8 + 2 * (inputs // each))
+    return outputs * inputs * dtype_bytes(dtype)
+
+
+def _table(config: ModelConfig, dtype: str) -> int:
+    """Bytes of the embedding, or of a head of its own."""
+    return _stored(config.vocab_size, config.hidden_size, dtype, projection=False)
+
+
+def projections(config: ModelConfig) -> list[tuple[int, int, int]]:
+    """How many there are of which outputs and inputs."""
+    width, inner, wide = config.hidden_size, config.mamba_inner, config.intermediate_size
+    mamba, attention, mlp = (config.count(kind) for kind in (MAMBA, ATTENTION, FEED_FORWARD))
+    return [
+        (mamba, config.in_proj_width if mamba else 0, width),
+        (mamba, width, inner),
+        (attention, _queries(config), width),
+        (2 * attention, _keys(config), width),
+        (attention, width, _queries(config)),
+        ((2 if config.mlp == "swiglu" else 1) * mlp, wide, width),
+        (mlp, width, wide),
+    ]
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -81,9 +124,16 @@ def total(config: ModelConfig) -> int:
 
 
 def weights_bytes(config: ModelConfig, dtype: str = "bfloat16") -> int:
-    """Bytes of all weights in `dtype`, except A_log, D and dt_bias (3H an `M` layer), which are always float32."""
-    kept = 3 * config.mamba_num_heads * config.count(MAMBA)
-    return (total(config) - kept) * dtype_bytes(dtype) + kept * FLOAT32
+    """Bytes of all weights in `dtype`, except A_log, D and dt_bias (3H an `M` layer), which are always float32.
+
+    int8, int4 and fp8 are those of the matrices, of fp8 those of the projections; all else is then bfloat16.
+    """
+    kept, size = 3 * config.mamba_num_heads * config.count(MAMBA), dtype_bytes(dtype)
+    saved = (2 - config.tie_embeddings) * (config.vocab_size * config.hidden_size * size - _table(config, dtype))
+    saved += sum(
+        n * (outputs * inputs * size - _stored(outputs, inputs, dtype)) for n, outputs, inputs in projections(config)
+    )
+    return (total(config) - kept) * size + kept * FLOAT32 - saved
 
 
 def kv_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: str = "bfloat16") -> int:
@@ -156,11 +206,12 @@ def decode_bytes(
     kv       all keys and values of the context read, one token's written
     state    read and written
     """
-    size = dtype_bytes(dtype)
-    table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * size
+    table = _table(config, dtype)
     return {
-        "weights": weights_bytes(config, dtype) - table + batch * config.hidden_size * size,
-        "kv": kv_bytes(config, context + 1, batch, kv_dtype or dtype),
+        "weights": weights_bytes(config, dtype)
+        - (not config.tie_embeddings) * table
+        + batch * table // config.vocab_size,
+        "kv": kv_bytes(config, context + 1, batch, kv_dtype or computed(dtype)),
         "state": 2 * state_bytes(config, batch, dtype, state_dtype),
     }
 
@@ -175,8 +226,13 @@ def activation_bytes(config: ModelConfig, tokens: int, context: int, dtype: str 
                  gathered from their blocks. Not here: on a CPU torch's kernel adds masks of 13 * tokens * context bytes
     M            (2HP + 2GN + H) + I, then in float32 7HP + 2GN + 64H + 3HPN/64 (u = dt x and its products, decays
                  inside chunks of 64, three states a chunk), and I more where `dtype` is not float32
+    With int8 and int4 a slice of unpacked weights comes on top, with fp8 the input of the widest product in 8 bits.
     """
-    size = dtype_bytes(dtype)
+    size, more = dtype_bytes(dtype), 0
+    if computed(dtype) != dtype:
+        widest = max((inputs for n, _, inputs in projections(config) if n), default=0)
+        largest = max((outputs * inputs for n, outputs, inputs in projections(config) if n), default=0)
+        more = tokens * widest if dtype == "fp8" else 2 * min(SLICE, largest)
     peaks = [0]
     if FEED_FORWARD in config.pattern:
         peaks.append((4 if config.mlp == "swiglu" else 3) * config.intermediate_size * size * tokens)
@@ -186,7 +242,7 @@ def activation_bytes(config: ModelConfig, tokens: int, context: int, dtype: str 
     if MAMBA in config.pattern:
         scan = _scan_floats(config, 7, 3) + (config.conv_channels if size != FLOAT32 else 0)
         peaks.append((size * (config.in_proj_width + config.conv_channels) + FLOAT32 * scan) * tokens)
-    return 2 * config.hidden_size * size * tokens + max(peaks)
+    return 2 * config.hidden_size * size * tokens + max(peaks) + more
 
 
 def _scan_floats(config: ModelConfig, rows: int, states: int) -> int:

@@ -127,13 +127,14 @@ class LanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights (Mamba's A_log, D and dt_bias are float32 besides); float32 if they are packed."""
+        """The dtype of the weights (Mamba's A_log, D and dt_bias are float32 besides); of the arithmetic if packed."""
         return self.embeddings.weight.dtype
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """The dtype that keys and values are kept in: the weights', but float16 beside packed weights."""
-        return torch.float16 if isinstance(self.embeddings, PackedEmbedding) else self.dtype
+        """The dtype that keys and values are kept in: the weights', but float16 beside packed weights in float32."""
+        half = isinstance(self.embeddings, PackedEmbedding) and self.dtype == torch.float32
+        return torch.float16 if half else self.dtype
 
     @property
     def device(self) -> torch.device:

@@ -26,14 +26,14 @@ class Linear(nn.Linear):
 
 
 class PackedWeight(nn.Module):
-    """Stands where a weight parameter stood; `value` is what `ops` takes. The arithmetic is float32."""
+    """Stands where a weight parameter stood; `value` is what `ops` takes, `dtype` that of the arithmetic."""
 
-    dtype = torch.float32
     scales: Tensor | None
 
-    def __init__(self, value: Packed) -> None:
+    def __init__(self, value: Packed, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.shape, self.bits, self.group = value.shape, value.bits, value.group
+        self.shape, self.bits, self.group, self.form = value.shape, value.bits, value.group, value.form
+        self.dtype = dtype
         self.register_buffer("codes", value.codes)
         self.register_buffer("scales", value.scales)
 
@@ -42,7 +42,7 @@ class PackedWeight(nn.Module):
         """The matrix, in the tensors this module holds now."""
         codes = self._buffers["codes"]
         assert codes is not None
-        return Packed(codes, self._buffers["scales"], self.shape, self.bits, self.group)
+        return Packed(codes, self._buffers["scales"], self.shape, self.bits, self.group, self.form)
 
     @property
     def device(self) -> torch.device:
@@ -53,9 +53,9 @@ class PackedWeight(nn.Module):
 class PackedLinear(nn.Module):
     """x W^T + bias."""
 
-    def __init__(self, value: Packed, bias_O: nn.Parameter | None = None) -> None:
+    def __init__(self, value: Packed, bias_O: nn.Parameter | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = PackedWeight(value)
+        self.weight = PackedWeight(value, dtype)
         self.bias = bias_O
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -64,15 +64,15 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a packed matrix [V, D], in float32."""
+    """Rows of a packed matrix [V, D], in the dtype of the arithmetic."""
 
-    def __init__(self, value: Packed) -> None:
+    def __init__(self, value: Packed, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = PackedWeight(value)
+        self.weight = PackedWeight(value, dtype)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """[T] -> [T, D]."""
-        return packed.rows(self.weight.value, tokens_T)
+        return packed.rows(self.weight.value, tokens_T).to(self.weight.dtype)
 
 
 def matrices(model: Any) -> dict[str, Tensor | Packed]:
@@ -85,18 +85,21 @@ def matrices(model: Any) -> dict[str, Tensor | Packed]:
     return found
 
 
-def place(model: Any, name: str, value: Packed) -> None:
-    """Put a packed matrix where one of the same shape stood; `name` is one of `matrices`. A tied head follows."""
+def place(model: Any, name: str, value: Packed, dtype: torch.dtype = torch.float32) -> None:
+    """Put a packed matrix where one of the same shape stood; `name` is one of `matrices`. A tied head follows.
+
+    `dtype` is that of the arithmetic: float32 but on a GPU.
+    """
     if name == "head":
         model.head._parameters.pop("weight", None)
-        model.head.weight = PackedWeight(value)
+        model.head.weight = PackedWeight(value, dtype)
     elif name == "embeddings":
-        model.embeddings = PackedEmbedding(value)
+        model.embeddings = PackedEmbedding(value, dtype)
         if model.config.tie_embeddings:
             model.head.tie(model.embeddings)
     else:
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, PackedLinear(value, model.get_submodule(name).bias))
+        setattr(model.get_submodule(owner), leaf, PackedLinear(value, model.get_submodule(name).bias, dtype))
     model.touch()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from whimbrel import ops
 from whimbrel.model.config import ModelConfig
-from whimbrel.model.layout import Layout
+from whimbrel.model.layout import ALONE, Layout
 from whimbrel.model.linear import Linear
 from whimbrel.model.state import State
 
@@ -43,19 +43,26 @@ class Mamba2(nn.Module):
         leaves its state there.
         """
         config = self.config
-        z_TD, xbc_TI, dt_TH = self.in_proj(x_TD).split(
-            [config.mamba_inner, config.conv_channels, config.mamba_num_heads], dim=-1
-        )
-        dt_TH = ops.step_size(dt_TH, self.dt_bias, config.time_step_limit)
-        count = layout.decodes
-        parts = []
+        z_TK, count, parts = self.in_proj(x_TD), layout.decodes, []
+        if state is None and layout.exchange is ALONE:
+            return self.out_proj(ops.mamba_layer(z_TK, *self._weights(), layout.segments, *self._settings()))
         if count:
             assert state is not None, "sequences decode only with a state"
-            parts.append(self._step(xbc_TI[:count], dt_TH[:count], layout, state, layer))
+            parts.append(self._step(z_TK[:count], layout, state, layer))
         if layout.segments.tokens > count:
-            parts.append(self._scan(xbc_TI[count:], dt_TH[count:], layout, state, layer))
-        y_TD = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return self.out_proj(ops.gated_norm(y_TD, z_TD, self.norm_weight, config.n_groups, config.norm_eps))
+            widths = [config.mamba_inner, config.conv_channels, config.mamba_num_heads]
+            gate_TD, xbc_TI, dt_TH = z_TK[count:].split(widths, dim=-1)
+            dt_TH = ops.step_size(dt_TH, self.dt_bias, config.time_step_limit)
+            y_TD = self._scan(xbc_TI, dt_TH, layout, state, layer)
+            parts.append(ops.gated_norm(y_TD, gate_TD, self.norm_weight, config.n_groups, config.norm_eps))
+        return self.out_proj(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        bias = (self.conv_bias, self.dt_bias)
+        return self.conv_weight, *bias, -self.A_log.exp(), self.D, self.norm_weight
+
+    def _settings(self) -> tuple[int, float, tuple[float, float]]:
+        return self.config.n_groups, self.config.norm_eps, self.config.time_step_limit
 
     def _split(self, xbc_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_THP, b_TGN, c_TGN."""
@@ -66,17 +73,16 @@ class Mamba2(nn.Module):
         b_TGN, c_TGN = (v.unflatten(-1, (config.n_groups, config.ssm_state_size)) for v in (b_TD, c_TD))
         return x_THP, b_TGN, c_TGN
 
-    def _step(self, xbc_SI: Tensor, dt_SH: Tensor, layout: Layout, state: State, layer: int) -> Tensor:
+    def _step(self, z_SK: Tensor, layout: Layout, state: State, layer: int) -> Tensor:
         assert layout.slots is not None
-        slots_S = layout.slots[: layout.decodes]
-        xbc_SI = ops.conv_step(xbc_SI, self.conv_weight, self.conv_bias, state.conv[layer], slots_S)
-        x_SHP, b_SGN, c_SGN = self._split(xbc_SI)
         more = {}
         if state.ssm[layer].dtype == torch.float16:
             # Of the position and the layer: neither slot nor batch mates change how a state is rounded.
             more = {"seed": layout.key_counts()[: layout.decodes] * 4096 + layer}
-        a_H = -self.A_log.exp()
-        return ops.ssd_step(x_SHP, dt_SH, a_H, b_SGN, c_SGN, self.D, state.ssm[layer], slots_S, **more).flatten(1)
+        return ops.mamba_step(
+            z_SK, *self._weights(), state.conv[layer], state.ssm[layer], layout.slots[: layout.decodes],
+            *self._settings(), **more,
+        )  # fmt: skip
 
     def _scan(self, xbc_TI: Tensor, dt_TH: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
         rest = layout.segments.rest(layout.decodes)

@@ -20,6 +20,7 @@ from typing import Any
 from whimbrel.ops import cpu, reference, split
 from whimbrel.ops import torch as vectorised
 from whimbrel.ops.segments import Segments
+from whimbrel.ops.torch.mamba import of_parts
 
 OPERATIONS = tuple(reference.__all__)
 _FORMS: dict[str, ModuleType] = {"cpu": cpu, "torch": vectorised, "reference": reference}
@@ -94,6 +95,7 @@ kl = _operation("kl")
 layer_norm_1p = _operation("layer_norm_1p")
 linear = _operation("linear")
 log_prob = _operation("log_prob")
+mamba_step = _operation("mamba_step")
 paged_attention = _operation("paged_attention")
 relu2 = _operation("relu2")
 rms_norm = _operation("rms_norm")
@@ -103,4 +105,18 @@ ssd_step = _operation("ssd_step")
 step_size = _operation("step_size")
 swiglu = _operation("swiglu")
 
-__all__ = [*OPERATIONS, "Segments", "active", "cpu", "gpu", "native", "using"]
+_of_parts = of_parts(step_size, conv, ssd, gated_norm)
+
+
+def mamba_layer(*row: Any) -> Any:
+    """Whole sequences through a Mamba-2 layer between its projections, nothing before them: [z | x | B | C | dt] [T, K]
+    -> RMSNorm(y silu(z)) [T, D]. The library has it as one step; elsewhere it is made of the operations above.
+
+    After z: weight [I, W] and bias of the convolution, bias of dt, A, D, weight of the norm; segments, groups, eps, and
+    limits of dt.
+    """
+    whole = cpu.mamba_layer(*row) if _preferred[0] == "cpu" else None
+    return _of_parts(*row) if whole is None else whole
+
+
+__all__ = [*OPERATIONS, "Segments", "active", "cpu", "gpu", "mamba_layer", "native", "using"]

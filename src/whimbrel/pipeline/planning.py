@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from whimbrel.config import load
+from whimbrel.engine.memory import check_state_dtype
 from whimbrel.engine.plan import Plan, plan
 from whimbrel.errors import UserError, nearest
 from whimbrel.model import checkpoint, fetch
@@ -36,6 +37,7 @@ def run(
     bandwidth: str | None = None,
     peak: str | None = None,
     reserve: str | None = None,
+    state_dtype: str = "float32",
 ) -> Plan:
     """The plan for a model in the user's words.
 
@@ -57,6 +59,7 @@ def run(
         bandwidth=speed,
         peak=_peak() if peak is None else parse_flops(peak),
         reserve=0 if reserve is None else parse_bytes(reserve, "reserve"),
+        state_dtype=check_state_dtype(state_dtype),
         name=model,
     )
 

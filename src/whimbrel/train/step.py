@@ -124,7 +124,8 @@ def train_step(
         raise NotFinite(culprit)
     if clip:
         scale = torch.clamp(clip / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([gradient for _, gradient in gradients.present(model)], scale)
+        if float(scale) < 1.0:
+            torch._foreach_mul_([gradient for _, gradient in gradients.present(model)], scale)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.touch()

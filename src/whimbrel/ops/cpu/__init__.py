@@ -7,6 +7,7 @@ from whimbrel.ops.cpu.decode import Decode, network
 from whimbrel.ops.cpu.head import cross_entropy, kl, log_prob
 from whimbrel.ops.cpu.library import fits, isa, load, use
 from whimbrel.ops.cpu.linear import FEW, linear
+from whimbrel.ops.cpu.mamba import mamba_layer
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
 from whimbrel.ops.cpu.pointwise import conv, gated_norm, relu2, rms_norm
 from whimbrel.ops.cpu.scan import ssd
@@ -25,6 +26,7 @@ __all__ = [
     "linear",
     "load",
     "log_prob",
+    "mamba_layer",
     "network",
     "readable",
     "relu2",

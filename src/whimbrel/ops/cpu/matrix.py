@@ -45,5 +45,7 @@ def readable(weight: Tensor | Packed) -> bool:
     """Can the library read this matrix where it lies?"""
     if not isinstance(weight, Packed):
         return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    if weight.form != "panels":
+        return False
     parts = [weight.codes] if weight.scales is None else [weight.codes, weight.scales]
     return all(part.device.type == "cpu" and part.is_contiguous() for part in parts)

@@ -14,11 +14,11 @@ from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import convolution, norm
 
 _Conv = structure("Conv", "x weight bias initial y tail offsets", "sequences channels width x_stride")
-_ConvGradients = structure("ConvGradients", "dy dtail dx dweight dbias dinitial", "")
-_WIDEST = 64
+ConvGradients = structure("ConvGradients", "dy dtail dx dweight dbias dinitial", "dx_stride")
+WIDEST = 64
 """Taps of a convolution that the library takes."""
 _Norm = structure("GatedNorm", "y gate weight out scale", "tokens groups width gate_stride", "eps")
-_NormGradients = structure("GatedNormGradients", "dout dy dgate dweight", "")
+NormGradients = structure("GatedNormGradients", "dout dy dgate dweight", "dgate_stride")
 _Relu2 = structure("Relu2", "x dy out", "count")
 
 
@@ -31,7 +31,7 @@ class _NativeConv(torch.autograd.Function):
         weight_WI, initial = weight_IW.t().contiguous(), initial.contiguous()
         y, tail = fresh(*x_TI.shape), torch.empty_like(initial)
         ctx.save_for_backward(x_TI, weight_WI, bias_I, initial, starts)
-        call("conv_forward", _conv(x_TI, weight_WI, bias_I, initial, y, tail, starts))
+        call("conv_forward", describe_conv(x_TI, weight_WI, bias_I, initial, y, tail, starts))
         return y, tail
 
     @staticmethod
@@ -40,12 +40,12 @@ class _NativeConv(torch.autograd.Function):
         dy, dtail = (g.contiguous() for g in gradients)
         dx, dweight, dbias, dinitial = (fresh(*v.shape) for v in (x_TI, weight_WI, weight_WI[0], initial))
         outputs = [address(v) for v in (dy, dtail, dx, dweight, dbias, dinitial)]
-        described = _conv(x_TI, weight_WI, bias_I, initial, None, None, starts)
-        call("conv_backward", described, _ConvGradients(*outputs))
+        described = describe_conv(x_TI, weight_WI, bias_I, initial, None, None, starts)
+        call("conv_backward", described, ConvGradients(*outputs, dx.stride(0)))
         return dx, dweight.t(), None if bias_I is None else dbias, dinitial, None
 
 
-def _conv(
+def describe_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -54,6 +54,7 @@ def _conv(
     tail: Tensor | None,
     starts: Tensor,
 ) -> Any:
+    """The C struct of a convolution; weight [W, I], initial and tail [S, W-1, I]."""
     pointers = [address(v) for v in (x, weight, bias, initial, y, tail, starts)]
     return _Conv(*pointers, len(starts) - 1, x.shape[1], weight.shape[0], x.stride(0))
 
@@ -62,7 +63,7 @@ def conv(
     x_TI: Tensor, weight_IW: Tensor, bias_I: Tensor | None, segments: Segments, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `ops.torch.conv`, in float32 on a CPU."""
-    if not segments.tokens or weight_IW.shape[1] > _WIDEST or not fits(x_TI, weight_IW, bias_I, initial):
+    if not segments.tokens or weight_IW.shape[1] > WIDEST or not fits(x_TI, weight_IW, bias_I, initial):
         return convolution.conv(x_TI, weight_IW, bias_I, segments, initial)
     channels, width = weight_IW.shape
     history = torch.zeros(segments.count, width - 1, channels) if initial is None else initial.transpose(1, 2)
@@ -76,7 +77,7 @@ class _NativeNorm(torch.autograd.Function):
         y_TD, weight_D = y_TD.contiguous(), weight_D.contiguous()
         gate_TD = gate_TD if gate_TD is None else by_rows(gate_TD)
         out, scale = fresh(*y_TD.shape), torch.empty(y_TD.shape[0], groups)
-        call("gated_norm_forward", _norm(y_TD, gate_TD, weight_D, out, scale, eps))
+        call("gated_norm_forward", describe_norm(y_TD, gate_TD, weight_D, out, scale, eps))
         ctx.save_for_backward(y_TD, gate_TD, weight_D, scale)
         ctx.eps = eps
         return out
@@ -87,14 +88,15 @@ class _NativeNorm(torch.autograd.Function):
         dout = gradients[0].contiguous()
         dy, dgate = fresh(*y_TD.shape), None if gate_TD is None else fresh(*y_TD.shape)
         dweight = torch.zeros(torch.get_num_threads(), weight_D.shape[0])
-        outputs = _NormGradients(*(address(v) for v in (dout, dy, dgate, dweight)))
-        call("gated_norm_backward", _norm(y_TD, gate_TD, weight_D, None, scale, ctx.eps), outputs)
+        outputs = NormGradients(*(address(v) for v in (dout, dy, dgate, dweight)), dy.stride(0))
+        call("gated_norm_backward", describe_norm(y_TD, gate_TD, weight_D, None, scale, ctx.eps), outputs)
         return dy, dgate, dweight.sum(0), None, None
 
 
-def _norm(
+def describe_norm(
     y: Tensor, gate: Tensor | None, weight: Tensor, out: Tensor | None, scale: Tensor, eps: float
 ) -> ctypes.Structure:
+    """The C struct of a gated norm; scale [T, groups]."""
     pointers = [address(v) for v in (y, gate, weight, out, scale)]
     stride = 0 if gate is None else gate.stride(0)
     return _Norm(*pointers, y.shape[0], scale.shape[1], y.shape[1] // scale.shape[1], stride, eps)

@@ -22,12 +22,12 @@ _Scan = structure(
     "x dt a b c d initial y final kept saved pieces first slots",
     "sequences heads width groups size x_stride b_stride c_stride",
 )
-_Gradients = structure("ScanGradients", "dy dfinal dkept dx ddt da db dc dd dinitial", "")
+Gradients = structure("ScanGradients", "dy dfinal dkept dx ddt da db dc dd dinitial", "dx_stride db_stride dc_stride")
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
-def _pieces(lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def cut(lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Where pieces begin (and T); the first of each sequence (and their number); the row of `keep` each ends with, or
     -1.
     """
@@ -47,12 +47,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if dense else x.contiguous()
 
 
-def _describe(row: Sequence[Tensor | None], results: Sequence[Tensor | None], pieces: Sequence[Tensor]) -> Any:
+def describe(row: Sequence[Tensor | None], results: Sequence[Tensor | None], pieces: Sequence[Tensor]) -> Any:
+    """The C struct of a scan: x … d and initial; y, final, kept and saved; what `cut` gives."""
     x, _, _, b, c, _, _ = row
     assert x is not None and b is not None and c is not None
     pointers = [address(v) for v in (*row, *results, *pieces)]
     shape = (len(pieces[1]) - 1, x.shape[1], x.shape[2], b.shape[1], b.shape[2])
     return _Scan(*pointers, *shape, x.stride(0), b.stride(0), c.stride(0))
+
+
+def room(pieces: Sequence[Tensor], segments: Segments, state: Sequence[int]) -> Tensor | None:
+    """For the states before pieces, if some sequence is of several."""
+    several = len(pieces[2]) > sum(length > 0 for length in segments.lengths)
+    return fresh(len(pieces[2]), *state) if several else None
 
 
 class _Native(torch.autograd.Function):
@@ -62,11 +69,10 @@ class _Native(torch.autograd.Function):
         state = (*x.shape[1:], b.shape[2])
         row = (_rows(x), dt.contiguous(), a.contiguous(), _rows(b), _rows(c), d.contiguous())
         initial = None if initial is None else initial.contiguous()
-        pieces = _pieces(segments.lengths, keep)
+        pieces = cut(segments.lengths, keep)
         y, final, kept = fresh(*x.shape), torch.empty(segments.count, *state), torch.empty(len(keep), *state)
-        cut = len(pieces[2]) > sum(length > 0 for length in segments.lengths)  # some sequence is of several pieces
-        saved = fresh(len(pieces[2]), *state) if learn and cut else None
-        call("scan_forward", _describe((*row, initial), (y, final, kept, saved), pieces))
+        saved = room(pieces, segments, state) if learn else None
+        call("scan_forward", describe((*row, initial), (y, final, kept, saved), pieces))
         ctx.save_for_backward(*row, initial, saved)
         ctx.pieces, ctx.state = pieces, (segments.count, *state)
         ctx.set_materialize_grads(False)
@@ -82,7 +88,8 @@ class _Native(torch.autograd.Function):
         da, dd = torch.empty(ctx.state[0], len(a)), torch.empty(ctx.state[0], len(a))
         dinitial = None if initial is None else torch.empty(ctx.state)
         outputs = [address(v) for v in (dy, dfinal, dkept, dx, ddt, da, db, dc, dd, dinitial)]
-        call("scan_backward", _describe(row, (None, None, None, saved), ctx.pieces), _Gradients(*outputs))
+        strides = (dx.stride(0), db.stride(0), dc.stride(0))
+        call("scan_backward", describe(row, (None, None, None, saved), ctx.pieces), Gradients(*outputs, *strides))
         return dx, ddt, da.sum(0), db, dc, dd.sum(0), dinitial, None, None, None
 
 

@@ -7,7 +7,7 @@ heads, E attention head width, D model width, V vocabulary.
 
 from whimbrel.ops.reference.attention import attention, paged_attention, rotary
 from whimbrel.ops.reference.head import cross_entropy, kl, log_prob
-from whimbrel.ops.reference.mamba import conv, conv_step, gated_norm, ssd, ssd_step, step_size
+from whimbrel.ops.reference.mamba import conv, conv_step, gated_norm, mamba_step, ssd, ssd_step, step_size
 from whimbrel.ops.reference.pointwise import layer_norm_1p, linear, relu2, rms_norm, swiglu
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "layer_norm_1p",
     "linear",
     "log_prob",
+    "mamba_step",
     "paged_attention",
     "relu2",
     "rms_norm",

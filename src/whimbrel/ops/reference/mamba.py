@@ -113,3 +113,33 @@ def gated_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps
     for part in gated_TD.chunk(groups, dim=-1):
         parts.append(part / torch.sqrt(part.pow(2).mean(-1, keepdim=True) + eps))
     return (torch.cat(parts, dim=-1) * weight_D.to(dtype)).to(y_TD.dtype)
+
+
+def mamba_step(
+    z_SK: Tensor,
+    conv_IW: Tensor,
+    conv_bias_I: Tensor | None,
+    dt_bias_H: Tensor,
+    a_H: Tensor,
+    d_H: Tensor,
+    norm_D: Tensor,
+    tail: Tensor,
+    state: Tensor,
+    slots_S: Tensor,
+    groups: int,
+    eps: float,
+    limit: tuple[float, float] = (0.0, float("inf")),
+) -> Tensor:
+    """One token of each sequence through a layer between its projections: [z | x | B | C | dt] -> RMSNorm(y silu(z)).
+
+    `tail[slots]` and `state[slots]` are advanced in place.
+    """
+    inner, heads = len(norm_D), len(a_H)
+    size = (len(conv_IW) - inner) // (2 * groups)
+    gate, mixed, dt = z_SK[:, :inner], z_SK[:, inner : inner + len(conv_IW)], z_SK[:, inner + len(conv_IW) :]
+    mixed = conv_step(mixed, conv_IW, conv_bias_I, tail, slots_S)
+    x, b, c = mixed[:, :inner], mixed[:, inner : inner + groups * size], mixed[:, inner + groups * size :]
+    b, c = (v.reshape(len(z_SK), groups, size) for v in (b, c))
+    dt = step_size(dt, dt_bias_H, limit)
+    y = ssd_step(x.reshape(len(z_SK), heads, inner // heads), dt, a_H, b, c, d_H, state, slots_S)
+    return gated_norm(y.reshape(len(z_SK), inner), gate, norm_D, groups, eps)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whimbrel.ops import fp8
 from whimbrel.ops.packed import Packed, unpack
 
 
@@ -37,8 +38,10 @@ def gated_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + bias. A packed matrix is unpacked first."""
-    return F.linear(x_TD, unpack(weight_OD) if isinstance(weight_OD, Packed) else weight_OD, bias_O)
+    """x W^T + bias. A packed matrix is unpacked first, to the dtype of x; with one in FP8 x is rounded to FP8 too."""
+    if isinstance(weight_OD, Packed) and weight_OD.form == "fp8":
+        return fp8.linear(x_TD, weight_OD, bias_O)
+    return F.linear(x_TD, unpack(weight_OD).to(x_TD.dtype) if isinstance(weight_OD, Packed) else weight_OD, bias_O)
 
 
 def relu2(x: Tensor) -> Tensor:

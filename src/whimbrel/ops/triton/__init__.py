@@ -7,8 +7,10 @@ against both other forms on a GPU before anything is timed there (`benchmarks/gp
 
 from whimbrel.ops.triton.attention import attention, rotary
 from whimbrel.ops.triton.conv import conv, conv_step
+from whimbrel.ops.triton.fewbits import linear
 from whimbrel.ops.triton.gated import gated_norm
 from whimbrel.ops.triton.head import cross_entropy, kl, log_prob
+from whimbrel.ops.triton.mamba import mamba_step
 from whimbrel.ops.triton.norm import rms_norm
 from whimbrel.ops.triton.paged import paged_attention
 from whimbrel.ops.triton.pointwise import relu2, step_size, swiglu
@@ -22,7 +24,9 @@ __all__ = [
     "cross_entropy",
     "gated_norm",
     "kl",
+    "linear",
     "log_prob",
+    "mamba_step",
     "paged_attention",
     "relu2",
     "rms_norm",

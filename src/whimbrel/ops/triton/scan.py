@@ -105,7 +105,8 @@ def _pass(
         at = (piece.to(tl.int64) * H + h) * SIZE + i
         if REVERSE:
             row = tl.load(rows + piece)
-            carry += tl.load(row_states + (row.to(tl.int64) * H + h) * SIZE + i, mask=inside & (row >= 0), other=0.0)
+            kept = i < tl.where(row >= 0, SIZE, 0)
+            carry += tl.load(row_states + (row.to(tl.int64) * H + h) * SIZE + i, mask=kept, other=0.0)
         tl.store(between + at, carry, mask=inside)
         carry = carry * tl.load(fade + piece * H + h) + tl.load(gain + at, mask=inside, other=0.0)
     tl.store(out + (s.to(tl.int64) * H + h) * SIZE + i, carry, mask=inside)

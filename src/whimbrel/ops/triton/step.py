@@ -24,6 +24,14 @@ def _to_half(v, random):
 
 
 @triton.jit
+def _softplus(v):
+    """log(1 + exp v), exact where exp v is far below 1."""
+    e = tl.exp(-tl.abs(v))
+    near = 1.0 + e
+    return tl.maximum(v, 0.0) + tl.where(near == 1.0, e, tl.log(near) * e / tl.where(near == 1.0, 1.0, near - 1.0))
+
+
+@triton.jit
 def _step(
     x, dt, bias, a, b, c, d, state, slots, y, seed, low, high, x_stride, dt_stride, b_stride, c_stride,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr, SOFTPLUS: tl.constexpr, HALF: tl.constexpr,
@@ -33,11 +41,7 @@ def _step(
     p, n = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN)
     step = tl.load(dt + s * dt_stride + h).to(tl.float32)
     if SOFTPLUS:
-        v = step + tl.load(bias + h).to(tl.float32)
-        e = tl.exp(-tl.abs(v))
-        near = 1.0 + e
-        step = tl.maximum(v, 0.0) + tl.where(near == 1.0, e, tl.log(near) * e / tl.where(near == 1.0, 1.0, near - 1.0))
-        step = tl.minimum(tl.maximum(step, low), high)
+        step = tl.minimum(tl.maximum(_softplus(step + tl.load(bias + h).to(tl.float32)), low), high)
     fade = tl.exp(step * tl.load(a + h).to(tl.float32))
     xs = tl.load(x + s * x_stride + h * P + p, mask=p < P, other=0.0).to(tl.float32)
     g = h // SHARED

@@ -1,0 +1,28 @@
+"""Decoding with weights of few bits: bytes that must move / time, as a share of the measured bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def decoding(place: Any, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """The 9B shape at 4k, rounded to the nearest in int8, int4 and FP8: one sequence, and as many as a kernel takes."""
+    from whimbrel.engine import bench
+
+    context = 64 if place.dry else 4096
+    for dtype in ("int8", "int4", "fp8"):
+        try:
+            place.fresh()
+            model = place.model("nemotron-nano-9b-v2")
+            bench.round_weights(model, dtype, rows=True)
+            for batch in (1, 2) if place.dry else (1, 8, 64):
+                task = bench.Task(model, context, batch)
+                seconds, moved = place.seconds(task.decode, 1.0), task.bytes("decode")
+                yield {"dtype": dtype, "batch": batch, "context": context, "seconds": seconds,
+                       "tokens_per_second": batch / seconds, "floor_seconds": moved / bandwidth,
+                       "share": moved / seconds / bandwidth, "peak_bytes": place.peak_bytes()}  # fmt: skip
+                del task
+            del model
+        except Exception as fault:
+            yield {"dtype": dtype, "failed": f"{type(fault).__name__}: {str(fault)[:300]}"}
