@@ -84,20 +84,21 @@ def _top(
 
 @app.command()
 def run(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A YAML file, for instance recipes/first-flight.yaml.")
-    ],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, as recipes/first-flight.yaml.")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to work; runs/NAME if not given.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Hosts that work together; srun says it by itself.")] = None,
+    node_rank: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
+    rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST[:PORT]", help="Where host 0 is met.")] = None,
 ) -> None:
     """Work through a recipe: every stage once, resumed where it stopped; writes report.html."""
     from whimbrel.pipeline import recipe as recipes
+    from whimbrel.pipeline import run as runs
     from whimbrel.pipeline.console import Display
-    from whimbrel.pipeline.run import run as work
 
+    hosts = runs.Hosts.of(nodes, node_rank, rdzv_endpoint, os.environ)
     graph = recipes.read(recipe, overrides or ())
-    report = work(graph, out or Path("runs") / graph.name, Display())
-    typer.echo(f"report: {report}")
+    typer.echo(f"report: {runs.run(graph, out or Path('runs') / graph.name, Display(), hosts)}")
 
 
 @app.command()

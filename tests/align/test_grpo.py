@@ -265,6 +265,20 @@ def test_no_two_prompts_of_a_run_or_of_another_seed_are_drawn_with_the_same_numb
     assert len(seeds) == len(set(seeds)) == 9
 
 
+def test_the_engine_takes_no_more_than_the_longest_prompt_needs(
+    trainer: Callable[..., Trainer], rows: list[dict[str, Any]]
+) -> None:
+    """In every slot; and the same answers are drawn."""
+    plain, made = trainer(), trainer()
+    grpo.limit(made.engine, rows, 40)
+    prompts = [len(grpo.read_prompt(row["prompt"], made.engine.tokenizer, True, 320)[0]) for row in rows]
+    assert made.engine.kv_tokens is not None and made.engine.kv_tokens % (24 * 6 * 16) == 0
+    assert 0 <= made.engine.kv_tokens // (24 * 6) - max(prompts) - 40 < 32
+    answers = [[s.answer.ids for group in draw(one.settings, 0, rows, one.engine)[0] for s in group]
+               for one in (plain, made)]  # fmt: skip
+    assert answers[0] == answers[1] and answers[0]
+
+
 def test_a_right_answer_that_was_cut_earns_nothing(trainer: Callable[..., Trainer], rows: list[dict[str, Any]]) -> None:
     groups = drawn(settings(), trainer().engine, rows, 0)
     right = [(row, answer) for group in groups for row, answer in group if reward(row, answer) == 1.0]

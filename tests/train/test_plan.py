@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from tiny_run import CONFIG, tiny_model
 
+from whimbrel.engine.pool import Pool
 from whimbrel.errors import UserError
 from whimbrel.model.presets import PRESETS
 from whimbrel.parallel import Axes
@@ -86,9 +88,36 @@ def test_the_plan_for_people_says_what_is_assumed() -> None:
         assert words in text
 
 
+def test_stages_differ_in_what_lies_beside_the_model() -> None:
+    """DPO keeps no reference, a reward model has no logits, GRPO has an engine's states and perhaps a reference."""
+    alone = plan(CONFIG, TrainingPlanSettings(), length=40, rows=2, memory=GIB, peak=1e12)
+
+    def beside(**settings: Any) -> TrainingPlan:
+        return plan(CONFIG, TrainingPlanSettings(**settings), length=40, rows=2, memory=GIB, peak=1e12)
+
+    assert beside(stage="sft").total_bytes == beside(stage="dpo").total_bytes == alone.total_bytes
+    assert beside(stage="reward").total_bytes == alone.total_bytes - alone.logits_bytes
+    drawn = beside(stage="grpo", sequences=3, reference=True)
+    pool = Pool(CONFIG, slots=3, kv_tokens=3 * 48, block_size=16, dtype=torch.float32, device=torch.device("cpu"))
+    held = [tensor for part in ("conv", "ssm", "k", "v") for tensor in getattr(pool.state, part).values()]
+    assert held and drawn.engine_bytes == sum(tensor.nbytes for tensor in held)
+    assert drawn.reference_bytes == drawn.weights_bytes
+    assert drawn.total_bytes == alone.total_bytes + drawn.engine_bytes + drawn.reference_bytes
+    text = "\n".join([*drawn.lines(), *beside(stage="dpo").lines()])
+    for words in ("(alone), grpo", "frozen weights", "answers that are drawn", "its log-probabilities alone"):
+        assert words in text
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"stage": "ppo"}, "stage is 'ppo'"),
+        (
+            {"stage": "grpo"},
+            "sequences is 0 with stage grpo; set sequences to the answers drawn at once, for example 64",
+        ),
+        ({"sequences": 2}, "sequences is 2 with stage pretrain; set sequences to 0"),
+        ({"stage": "dpo", "parallel": Axes(context=2)}, "parallel.context is not for dpo; set parallel.context to 1"),
         ({"tokens": -1.0}, "tokens is -1.0; set tokens to the length of the run"),
         ({"mfu": 35.0}, "mfu is 35.0; set mfu in"),
         ({"accumulate": 0}, "accumulate is 0; set accumulate to 1"),

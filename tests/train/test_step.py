@@ -37,6 +37,16 @@ def test_micro_batches_equal_one_large_batch() -> None:
         torch.testing.assert_close(gradient, gradients(whole)[name], rtol=1e-6, atol=1e-6)
 
 
+def test_an_idle_batch_is_neither_counted_nor_learned() -> None:
+    """It is computed because other ranks need help; loss and gradient are those without it."""
+    helped, alone = tiny_model(), tiny_model()
+    loss, _ = accumulate(helped, CrossEntropy(), UNEVEN, learn=True, idle=1)
+    expected, _ = accumulate(alone, CrossEntropy(), UNEVEN[:2], learn=True)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    for name, gradient in gradients(helped).items():
+        torch.testing.assert_close(gradient, gradients(alone)[name], rtol=1e-6, atol=1e-6)
+
+
 def test_a_mean_of_means_would_have_been_noticed() -> None:
     """The bug that the test above is for changes the loss here by a thousand times its tolerance."""
     model = tiny_model()

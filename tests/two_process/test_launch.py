@@ -18,6 +18,7 @@ import pytest
 from flock import TABLE
 from rich.console import Console
 from small import HYBRID
+from small_world import build
 
 from whimbrel.data import shards
 from whimbrel.errors import UserError
@@ -151,6 +152,25 @@ def test_ctrl_c_stops_all_at_a_safe_point(tmp_path: Path) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert shown.returncode == 0 and "going on from" in shown.stdout, shown.stdout + shown.stderr
     assert len(losses(tmp_path / "run")) == 80
+
+
+@pytest.mark.slow
+def test_tuning_and_grpo_as_stages_of_a_recipe(tmp_path: Path) -> None:
+    """From a random model through two stages of two processes each, with probes between them."""
+    given = {name: str(path) for name, path in build(tmp_path / "given").items()}
+    small = {"train": TRAIN | {"steps": 2, "parallel": {"data": 2}}}
+    first = {"conversations": given["conversations"], "model": given["model"]}
+    then = {"prompts": given["prompts"], "model": "sft"}
+    again = small["train"] | {"accumulate": 1}
+    stages = {
+        "sft": {"stage": "sft", "inputs": first, "config": {"length": 256} | small},
+        "grpo": {"stage": "grpo", "inputs": then, "config": {"groups": 4, "max_tokens": 8, "train": again}},
+    }
+    run(recipe.build({"stages": stages}, "x"), tmp_path / "run", Display(Console(file=io.StringIO())))
+    for name in stages:
+        made = json.loads((tmp_path / "run" / name / "manifest.json").read_text())
+        assert made["metrics"]["step"] == 2 and made["probe"]
+        assert made["config"]["train"]["parallel"]["data"] == 2
 
 
 @pytest.mark.slow

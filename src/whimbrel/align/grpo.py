@@ -5,6 +5,9 @@ prompts, scores the learned tokens with the trainer's own pass, compares that wi
 the run where the two differ: then sampler and trainer are no longer one model. Learned are the tokens that the model
 chose: not those by which the engine closed a thought, and not those of answers that were cut at `max_tokens`.
 
+Several processes have a whole model and an engine each: a step's prompts are dealt to them, answers are gathered, and
+each learns from a part of them; the step is the one that a single process would make.
+
 OUT/model/, OUT/metrics.jsonl, OUT/checkpoints/   as of `pretrain`, and resumed in the same way
 """
 
@@ -22,26 +25,35 @@ import torch
 
 from whimbrel.align.policy import PolicyBatch, PolicyGradient, advantages, log_probs
 from whimbrel.align.rollout import Sample, accuracy, pack, read_prompts, reward
-from whimbrel.align.tuning import check_counts, check_shares, load
+from whimbrel.align.tuning import check_axes, check_counts, check_shares, load
 from whimbrel.data.order import Permutation
 from whimbrel.engine import Engine, Sampling
+from whimbrel.engine.memory import default_kv_tokens
 from whimbrel.engine.prompt import read_prompt
 from whimbrel.errors import UserError, nearest
-from whimbrel.events import Report
+from whimbrel.events import Report, silent
 from whimbrel.model import LanguageModel
 from whimbrel.model.checkpoint import resolve
+from whimbrel.parallel import Share, applied
+from whimbrel.parallel.mesh import ALONE
 from whimbrel.text import Tokenizer
 from whimbrel.train import checkpointing, threads
 from whimbrel.train.checkpointing import TrainState
 from whimbrel.train.interrupt import Stopped, stop_politely
-from whimbrel.train.loop import TrainSettings, identity
-from whimbrel.train.measure import Log
+from whimbrel.train.loop import TrainSettings, book, identity
 from whimbrel.train.optimizer import adamw, set_learning_rate
 from whimbrel.train.stages import check_device, torch_device
 from whimbrel.train.step import autocast, train_step
 
 Row = Mapping[str, Any]
 KINDS = ("none", "k1", "k2", "k3")
+
+
+class Flat(TrainSettings):
+    """The loop's settings. Micro-batches are made of what was drawn, so there is no fixed number to deal out."""
+
+    def check_batches(self) -> None:
+        """Any number of copies will do."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class GrpoSettings:
     validation_prompts: int = 256
     seed: int = 0
     device: str = "auto"
-    train: TrainSettings = field(default_factory=lambda: TrainSettings(steps=100, validate_every=50))
+    train: Flat = field(default_factory=lambda: Flat(steps=100, validate_every=50))
 
     def __post_init__(self) -> None:
         check_counts(self, "groups", "max_tokens", "updates", "micro_tokens", "validation_prompts")
@@ -102,6 +114,9 @@ class GrpoSettings:
             raise UserError("thinking_budget is 0, which turns thinking off; leave it at null and set off to 1")
         if self.train.accumulate != 1 or self.train.recompute:
             raise UserError("train.accumulate and train.recompute are not for grpo; set micro_tokens lower instead")
+        check_axes(self, "every process of grpo draws with a whole model", "fsdp", "context", "tensor")
+        if (copies := self.train.parallel.data) > self.groups:
+            raise UserError(f"train.parallel.data is {copies}, more than groups {self.groups}; set groups to {copies}")
         check_shares(self, "off")
         check_device(self.device)
 
@@ -115,39 +130,42 @@ class GrpoSettings:
 
 
 def draw(
-    settings: GrpoSettings, step: int, rows: Sequence[Row], engine: Engine
+    settings: GrpoSettings, step: int, rows: Sequence[Row], engine: Engine, share: Share = ALONE
 ) -> tuple[list[list[Sample]], dict[str, float]]:
     """The groups of a step that have something to teach, and figures of all of them. Pure in the weights and the step.
 
-    An answer that is left out still counts in the mean of its group.
+    An answer that is left out still counts in the mean of its group. Of several ranks each draws for a part of the
+    prompts; all get all groups.
     """
     first, size = step * settings.groups, settings.group_size
-    chosen = [
-        rows[i] for i in Permutation(len(rows), settings.seed)(np.arange(first, first + settings.groups)).tolist()
-    ]
-    thinks = (np.random.default_rng([settings.seed, step]).random(settings.groups) >= settings.off).tolist()
+    mine = share.mine(settings.groups)
+    chosen = [rows[i] for i in Permutation(len(rows), settings.seed)(first + np.asarray(mine)).tolist()]
+    thinks = (np.random.default_rng([settings.seed, step]).random(settings.groups) >= settings.off)[mine].tolist()
     vocabulary = engine.model.config.vocab_size
     prompts = [read_prompt(row["prompt"], engine.tokenizer, on, vocabulary)[0]
                for row, on in zip(chosen, thinks, strict=True)]  # fmt: skip
-    requests = [settings.sampling((settings.seed << 40) + first + i, on) for i, on in enumerate(thinks)]
+    requests = [settings.sampling((settings.seed << 40) + first + i, on) for i, on in zip(mine, thinks, strict=True)]
     answers = list(engine.generate(prompts, requests))
-    groups, rewards = [], []
+    groups, earned = dict[int, list[Sample]](), 0.0
     for number, row in enumerate(chosen):
         group = answers[number * size : (number + 1) * size]
-        rewards.append([reward(row, answer) for answer in group])
-        gains = advantages(rewards[-1], settings.leave_one_out, settings.normalise)
+        rewards = [reward(row, answer) for answer in group]
+        earned += sum(rewards)
+        gains = advantages(rewards, settings.leave_one_out, settings.normalise)
         if gains is not None:
             kept = [Sample(prompts[number], answer, gain) for answer, gain in zip(group, gains, strict=True)
                     if settings.learn_cut or answer.finish != "length"]  # fmt: skip
-            groups.append(kept)
-    figures = {
-        "reward": float(np.mean(rewards)),
-        "groups_kept": len(groups) / settings.groups,
-        "cut": float(np.mean([answer.finish == "length" for answer in answers])),
-        "answer_tokens": float(np.mean([len(answer.ids) for answer in answers])),
-        "thinking_tokens": float(np.mean([answer.thinking_tokens for answer in answers])),
+            groups[mine[number]] = kept
+    sums = {
+        "reward": earned,
+        "groups_kept": len(groups) * size,
+        "cut": sum(answer.finish == "length" for answer in answers),
+        "answer_tokens": sum(len(answer.ids) for answer in answers),
+        "thinking_tokens": sum(answer.thinking_tokens for answer in answers),
     }
-    return groups, figures
+    figures = {name: value / (settings.groups * size) for name, value in share.total(sums).items()}
+    every = {number: group for part in share.collect(groups) for number, group in part.items()}
+    return [every[number] for number in sorted(every)], figures
 
 
 class Trainer:
@@ -157,7 +175,8 @@ class Trainer:
         self, settings: GrpoSettings, model: LanguageModel, tokenizer: Tokenizer, reference: LanguageModel | None
     ) -> None:
         self.settings, self.model, self.reference = settings, model, reference
-        self.engine = Engine(model, tokenizer, max_sequences=settings.groups * settings.group_size)
+        prompts = -(-settings.groups // settings.train.parallel.data)
+        self.engine = Engine(model, tokenizer, max_sequences=prompts * settings.group_size)
         self.engine.prefill_tokens = settings.micro_tokens
         self.optimizer = adamw(model, settings.train.optimizer)
         self.precision = settings.train.precision_on(model.device)
@@ -166,21 +185,35 @@ class Trainer:
     def step(self, step: int, rows: Sequence[Row]) -> dict[str, float]:
         """Draw, score, learn; returns figures. UserError, with the weights untouched, where the engine has drifted."""
         settings, start = self.settings, time.perf_counter()
-        groups, figures = draw(settings, step, rows, self.engine)
+        groups, figures = draw(settings, step, rows, self.engine, self.share)
         middle = time.perf_counter()
         rate = settings.train.optimizer.learning_rate * settings.train.schedule.share(step, settings.train.steps)
         set_learning_rate(self.optimizer, rate)
         parts = [[sample for group in groups[part :: settings.updates] for sample in group]
                  for part in range(settings.updates)]  # fmt: skip
-        scored = [[self.score(batch) for batch in pack(part, settings.micro_tokens)] for part in parts]
-        figures |= self.drift([batch for part in scored for batch in part])
-        for batches in scored:
+        dealt = [self.deal(part) for part in parts]
+        scored = [([self.score(batch) for batch in batches], idle) for batches, idle in dealt]
+        figures |= self.drift([batch for batches, idle in scored for batch in batches[: len(batches) - idle]])
+        for batches, idle in scored:
             if batches:
                 seen = train_step(self.model, self.objective, batches, self.optimizer, clip=settings.train.clip,
-                                  precision=self.precision)  # fmt: skip
+                                  precision=self.precision, idle=idle)  # fmt: skip
                 figures |= seen.terms | {"loss": seen.loss, "grad_norm": seen.grad_norm}
         now = time.perf_counter()
         return figures | {"learning_rate": rate, "seconds_drawing": middle - start, "seconds_learning": now - middle}
+
+    @property
+    def share(self) -> Share:
+        """The ranks that learn together."""
+        return self.model.share or ALONE
+
+    def deal(self, samples: Sequence[Sample]) -> tuple[list[PolicyBatch], int]:
+        """This rank's micro-batches of an update, as many on every rank; the last so many only keep step."""
+        copies = self.share.axes.copies
+        every = [pack(samples[copy::copies], self.settings.micro_tokens) for copy in range(copies)]
+        mine, spare = every[self.share.copy], next((batches[0] for batches in every if batches), None)
+        idle = max(map(len, every)) - len(mine)
+        return mine + [spare] * idle if spare is not None else [], idle
 
     @torch.no_grad()
     def score(self, batch: PolicyBatch) -> PolicyBatch:
@@ -193,10 +226,11 @@ class Trainer:
         return batch
 
     def drift(self, batches: Sequence[PolicyBatch]) -> dict[str, float]:
-        """Mean and largest distance between the engine's and the trainer's log-probabilities."""
-        if not batches:
+        """Mean and largest distance between the engine's and the trainer's log-probabilities, over all ranks."""
+        away = [np.abs(batch.sampler_R - batch.old_R) for batch in batches if batch.old_R is not None]
+        away_R = np.concatenate([*(part for some in self.share.collect(away) for part in some), np.zeros(0)])
+        if not len(away_R):
             return {"drift_mean": 0.0, "drift_max": 0.0}
-        away_R = np.concatenate([np.abs(batch.sampler_R - batch.old_R) for batch in batches if batch.old_R is not None])
         found = {"drift_mean": float(away_R.mean()), "drift_max": float(away_R.max())}
         for name, value in found.items():
             if not value <= getattr(self.settings, name):
@@ -219,21 +253,22 @@ def grpo(
     how, model, checkpoints = settings.train, trainer.model, folder / "checkpoints"
     mine = {name: value for name, value in asdict(settings).items() if name not in ("train", "device")}
     said = identity(how, trainer.precision, trainer.objective, model) | {"grpo": mine | {"rows": len(rows)}}
-    found = checkpointing.newest(checkpoints, report)
+    share = trainer.share
+    found = share.once(lambda: checkpointing.newest(checkpoints, report))
     if found is not None:
         checkpointing.refuse_changes(found[0], found[1].identity, said)
         checkpointing.load(found[0], model, trainer.optimizer)
         model.touch()
         report({"event": "log", "text": f"going on from {found[0]}"})
     with stop_politely() as wish, ExitStack() as stack:
-        used = threads.choose(how.threads, found[1].threads if found else None, lambda: _trial(model), report)
+        used = threads.choose(how.threads, found[1].threads if found else None, lambda: _trial(model), report, share)
         state = replace(found[1], threads=used) if found else TrainState(0, used, said)
         stack.enter_context(threads.using(used))
-        log = stack.enter_context(closing(Log(folder, state.metrics_offset, state.step, how.tensorboard, report)))
+        log = stack.enter_context(closing(book(folder, state, how, share, report)))
         figures, judged = state.figures, dict[str, float]()
         for step in range(state.step, how.steps + 1):
             if validation and (step % how.validate_every == 0 or step == how.steps):
-                judged = judge(settings, trainer.engine, validation)
+                judged = judge(settings, trainer.engine, validation, share)
                 log.write({"step": step} | judged)
             if step == how.steps:
                 break
@@ -241,22 +276,36 @@ def grpo(
             log.write(figures)
             text = f"reward {figures['reward']:.3f} · drift {figures['drift_max']:.1e}"
             report({"event": "progress", "done": step + 1, "total": how.steps, "unit": "steps", "text": text})
-            stop = wish.signal
+            signal = wish.signal  # read once: it may come at any moment
+            stop = share.any(signal is not None)
             if stop or (step + 1) % how.checkpoint_every == 0 or step + 1 == how.steps:
                 here = replace(state, step=step + 1, metrics_offset=log.sync(), figures=figures)
                 path = checkpointing.save(checkpoints, here, model, trainer.optimizer, how.keep)
                 if stop:
-                    raise Stopped(f"{stop}: stopped after step {step + 1}, saved {path}; the same command goes on")
+                    raise Stopped(
+                        f"{signal or 'a signal'}: stopped after step {step + 1}, saved {path}; the same command goes on"
+                    )
     return figures | judged | {"threads": used}
 
 
-def judge(settings: GrpoSettings, engine: Engine, rows: Sequence[Row]) -> dict[str, float]:
+def judge(settings: GrpoSettings, engine: Engine, rows: Sequence[Row], share: Share = ALONE) -> dict[str, float]:
     """Greedy accuracy with and without a thought."""
     limits = replace(settings.sampling(0, True), temperature=0.0, n=1, logprobs=None)
     return {
-        "accuracy": accuracy(engine, rows, limits),
-        "accuracy_off": accuracy(engine, rows, replace(limits, thinking_budget=0)),
+        "accuracy": accuracy(engine, rows, limits, share),
+        "accuracy_off": accuracy(engine, rows, replace(limits, thinking_budget=0), share),
     }
+
+
+def limit(engine: Engine, rows: Sequence[Row], max_tokens: int) -> None:
+    """Room for the longest prompt and answer in every slot, and no more: by itself an engine takes what a device has
+    free, and here gradients, moments and activations come later.
+    """
+    vocabulary, size = engine.model.config.vocab_size, engine.block_size
+    longest = max(len(read_prompt(row["prompt"], engine.tokenizer, on, vocabulary)[0])
+                  for row in rows for on in (True, False))  # fmt: skip
+    most = default_kv_tokens(engine.model.config, engine.max_sequences, size, engine.dtype, engine.device)
+    engine.kv_tokens = min(most, engine.max_sequences * -(-(longest + max_tokens) // size) * size)
 
 
 @torch.no_grad()
@@ -266,12 +315,15 @@ def _trial(model: LanguageModel) -> None:
 
 def run(settings: GrpoSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Train the input `model` on the input `prompts`, judged on the input `validation` if it is given."""
-    device = torch_device(settings.device)
+    device = Share.meet(settings.train.parallel, torch_device(settings.device)).device
     rows = read_prompts(inputs["prompts"], "prompts")
     held = read_prompts(inputs["validation"], "validation") if "validation" in inputs else []
     model, tokenizer = load(inputs["model"], device)
     reference = load(inputs["model"], device)[0].requires_grad_(False) if settings.kl != "none" else None
-    trainer = Trainer(settings, model, tokenizer, reference)
-    figures = grpo(settings, rows, held[: settings.validation_prompts], trainer, out, report)
+    with applied(model, settings.train.parallel) as share:
+        trainer = Trainer(settings, model, tokenizer, reference)
+        told, held = report if share.first else silent, held[: settings.validation_prompts]
+        limit(trainer.engine, [*rows, *held], settings.max_tokens)
+        figures = grpo(settings, rows, held, trainer, out, told)
     model.save(out / "model", resolve(inputs["model"]))
     return figures

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from whimbrel.errors import UserError, nearest
 from whimbrel.files import atomic_folder
 from whimbrel.model import LanguageModel, families
+from whimbrel.parallel import whole
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -93,17 +94,21 @@ def merge(model: LanguageModel) -> LanguageModel:
 
 
 def save(model: LanguageModel, folder: Path, settings: LoraSettings, base: str) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, for the base model of this name."""
+    """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, for the base model of this name; of
+    several ranks, which all call it, the first one writes.
+    """
     names = families.names(model.config)
     tensors = {}
     for name, module in adapters(model):
         theirs = f"base_model.model.{names[f'{name}.weight'].removesuffix('.weight')}"
-        tensors[f"{theirs}.lora_A.weight"] = module.lora_A.detach().contiguous()
-        tensors[f"{theirs}.lora_B.weight"] = module.lora_B.detach().contiguous()
+        tensors[f"{theirs}.lora_A.weight"] = whole(module.lora_A.detach()).contiguous()
+        tensors[f"{theirs}.lora_B.weight"] = whole(module.lora_B.detach()).contiguous()
     used = sorted({name.rpartition(".")[2] for name, _ in adapters(model)})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
     config |= {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": used}
     config |= {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False}
+    if model.share is not None and not model.share.first:
+        return
     with atomic_folder(folder) as beside:
         save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
         (beside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -21,17 +21,18 @@ from torch import Tensor
 
 from whimbrel import ops
 from whimbrel.align.lora import LoraSettings
-from whimbrel.align.tuning import Tuning, check_counts, load, parts, read_rows, tune
+from whimbrel.align.tuning import Tuning, check_axes, check_counts, load, parts, read_rows, tune
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report
 from whimbrel.files import atomic_write
 from whimbrel.model import LanguageModel
 from whimbrel.model.checkpoint import resolve
 from whimbrel.model.layout import Layout
+from whimbrel.parallel import Share
+from whimbrel.parallel.mesh import ALONE
 from whimbrel.text import Tokenizer
 from whimbrel.train.loop import TrainSettings
 from whimbrel.train.objective import IGNORE, Term
-from whimbrel.train.stages import torch_device
 
 LOSSES = ("dpo", "rpo")
 
@@ -57,6 +58,7 @@ class PreferenceSettings(Tuning):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "pairs")
+        check_axes(self, "pairs are not cut", "context")
         if self.loss not in LOSSES:
             raise UserError(f"loss is {self.loss!r}; {nearest(self.loss, LOSSES)} (set loss to dpo or rpo)")
         for name in ("beta", "reward_scale"):
@@ -176,23 +178,32 @@ def _messages(value: Any, role: str) -> list[Any]:
 
 
 @torch.no_grad()
-def reference(pairs: Pairs, model: LanguageModel, size: int, path: Path) -> NDArray[np.float32]:
-    """[P, 2] log-probabilities under a model, `size` pairs at a time: computed once, then read from the file."""
-    if not path.exists():
+def reference(pairs: Pairs, model: LanguageModel, size: int, path: Path, share: Share = ALONE) -> NDArray[np.float32]:
+    """[P, 2] log-probabilities under a model, `size` pairs at a time: computed once, then read from the file.
+
+    The model is still whole on every rank of `share`: each computes a part, the first one writes and tells all.
+    """
+    if not share.once(path.exists):
         every = np.arange(len(pairs.answers))
-        some = [log_probs(model, pairs.of(every[at : at + size]))[0] for at in range(0, len(every), size)]
-        with atomic_write(path, "wb") as file:
-            np.save(file, torch.cat(some).float().cpu().numpy())
-    found: NDArray[np.float32] = np.load(path)
-    return found
+        starts = range(0, len(every), size)[share.rank :: share.axes.processes]
+        mine = {at: log_probs(model, pairs.of(every[at : at + size]))[0].float().cpu().numpy() for at in starts}
+        some = {at: found for part in share.collect(mine) for at, found in part.items()}
+
+        def write() -> None:
+            with atomic_write(path, "wb") as file:
+                np.save(file, np.concatenate([some[at] for at in sorted(some)]))
+
+        share.once(write)
+    return share.once(lambda: np.load(path))
 
 
 def run(settings: PreferenceSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Tune the input `model` on the input `pairs`; goes on from what it finds in `out`."""
     rows = read_rows(inputs["pairs"], "pairs", ["prompt", "chosen", "rejected"])
-    model, tokenizer = load(inputs["model"], torch_device(settings.device))
+    share = settings.meet()
+    model, tokenizer = load(inputs["model"], share.device)
     pairs = read_pairs(rows, tokenizer)
-    pairs = replace(pairs, reference_P2=reference(pairs, model, settings.pairs, out / "reference.npy"))
+    pairs = replace(pairs, reference_P2=reference(pairs, model, settings.pairs, out / "reference.npy", share))
     source, held = parts(len(rows), settings.pairs, settings, pairs.of)
     objective = Preference(settings.loss, settings.beta, settings.reward_scale, settings.sft)
     figures = tune(settings, objective, source, held, model, inputs, out, report, settings.lora)

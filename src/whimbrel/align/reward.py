@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from whimbrel.align.tuning import Tuning, check_counts, load, parts, read_rows, tune
+from whimbrel.align.tuning import Tuning, check_axes, check_counts, load, parts, read_rows, tune
 from whimbrel.errors import UserError
 from whimbrel.events import Report
 from whimbrel.files import atomic_write
 from whimbrel.model import LanguageModel
 from whimbrel.model.checkpoint import resolve
 from whimbrel.model.layout import Layout
+from whimbrel.parallel import whole
 from whimbrel.text import Tokenizer
 from whimbrel.train.loop import TrainSettings
 from whimbrel.train.objective import Term
-from whimbrel.train.stages import torch_device
 
 Floats = NDArray[np.float32]
 HELPSTEER = {"helpfulness": 0.3, "correctness": 0.74, "coherence": 0.46, "complexity": 0.47, "verbosity": -0.33}
@@ -54,6 +54,7 @@ class RewardSettings(Tuning):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "conversations")
+        check_axes(self, "conversations with one label are not cut", "context")
         if not self.weights:
             raise UserError("weights is empty; set it to attributes and their weights, such as {correctness: 1.0}")
 
@@ -154,7 +155,8 @@ def read_ratings(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, settin
 def run(settings: RewardSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Train the input `model` with a new head on the input `rated`; goes on from what it finds in `out`."""
     rows = read_rows(inputs["rated"], "rated", ["messages", "attributes"])
-    model, tokenizer = load(inputs["model"], torch_device(settings.device))
+    share = settings.meet()
+    model, tokenizer = load(inputs["model"], share.device)
     ratings = read_ratings(rows, tokenizer, settings)
     attach(model, len(settings.weights))
     source, held = parts(len(rows), settings.conversations, settings, ratings.of)
@@ -163,12 +165,16 @@ def run(settings: RewardSettings, inputs: Mapping[str, Path], out: Path, report:
         predicted_SA, labels_SA = _predict_all(model, ratings, held.numbers), ratings.labels_SA[held.numbers]
         for place, name in enumerate(settings.weights):
             figures[f"agreement_{name}"] = agreement(predicted_SA[:, place], labels_SA[:, place])
-    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("reward.")}
+    head = {name: whole(tensor) for name, tensor in model.state_dict().items() if name.startswith("reward.")}
     del model.reward
-    with atomic_write(out / "head.safetensors", "wb") as file:
-        file.write(save(head))
-    with atomic_write(out / "head.json") as file:
-        json.dump({"weights": settings.weights}, file)
+
+    def write() -> None:
+        with atomic_write(out / "head.safetensors", "wb") as file:
+            file.write(save(head))
+        with atomic_write(out / "head.json") as file:
+            json.dump({"weights": settings.weights}, file)
+
+    share.once(write)
     model.save(out / "model", resolve(inputs["model"]))
     return {name: value for name, value in figures.items() if value == value}
 

@@ -15,6 +15,8 @@ from whimbrel.data.language import detect
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.answer import Answer
 from whimbrel.errors import UserError
+from whimbrel.parallel import Share
+from whimbrel.parallel.mesh import ALONE
 from whimbrel.verify import Verdict, judge
 
 PROMPT_KEYS = ("prompt", "answer", "verifier")
@@ -42,10 +44,12 @@ def _judge(row: Mapping[str, Any], text: str) -> Verdict:
     return judge(row["verifier"], text, row["answer"], lambda text: detect(text)[0])
 
 
-def accuracy(engine: Engine, rows: Sequence[Mapping[str, Any]], sampling: Sampling) -> float:
-    """Mean reward of the rows' prompts, one answer each."""
-    answers = engine.generate([row["prompt"] for row in rows], sampling)
-    return sum(reward(row, answer) for row, answer in zip(rows, answers, strict=True)) / len(rows)
+def accuracy(engine: Engine, rows: Sequence[Mapping[str, Any]], sampling: Sampling, share: Share = ALONE) -> float:
+    """Mean reward of the rows' prompts, one answer each; ranks with a copy of the model each answer a part of them."""
+    mine = rows[share.copy :: share.axes.copies]
+    answers = engine.generate([row["prompt"] for row in mine], sampling)
+    right = sum(reward(row, answer) for row, answer in zip(mine, answers, strict=True))
+    return share.total({"": right})[""] / len(rows)
 
 
 @dataclass(frozen=True)

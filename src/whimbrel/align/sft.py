@@ -30,7 +30,6 @@ from whimbrel.model.checkpoint import resolve
 from whimbrel.text import Tokenizer
 from whimbrel.text.chat import tidy
 from whimbrel.train.objective import CrossEntropy
-from whimbrel.train.stages import torch_device
 
 Mode = Literal["on", "off", "cut"]
 
@@ -146,8 +145,9 @@ def run_chat_tokens(
 def run(settings: SftSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Tune the input `model` on the input `conversations`; goes on from what it finds in `out`."""
     rows = read_rows(inputs["conversations"], "conversations", ["messages"])
-    model, tokenizer = load(inputs["model"], torch_device(settings.device))
-    counts = write_rows(settings, rows, tokenizer, out / "tokens", report)
+    share = settings.meet()
+    model, tokenizer = load(inputs["model"], share.device)
+    counts = share.once(lambda: write_rows(settings, rows, tokenizer, out / "tokens", report))
 
     def packed(name: str, seed: int) -> Source:
         tokens = shards.TokenShards(out / "tokens" / name)

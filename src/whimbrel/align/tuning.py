@@ -19,10 +19,11 @@ from whimbrel.errors import UserError
 from whimbrel.events import Report
 from whimbrel.model import LanguageModel
 from whimbrel.model.checkpoint import resolve
+from whimbrel.parallel import Share
 from whimbrel.text import Tokenizer
 from whimbrel.train.loop import TrainSettings, train
 from whimbrel.train.objective import Objective
-from whimbrel.train.stages import check_device
+from whimbrel.train.stages import check_device, torch_device
 from whimbrel.verify.math import ASK
 
 
@@ -82,6 +83,17 @@ def check_counts(settings: Any, *names: str) -> None:
             raise UserError(f"{name} is {getattr(settings, name)}; set {name} to 1 or more")
 
 
+def check_axes(settings: Any, why: str, *names: str) -> None:
+    """Raise `UserError` where `train.parallel` has one of these axes, which the stage cannot use."""
+    axes = settings.train.parallel
+    for name in names:
+        if (size := getattr(axes, name)) > 1:
+            raise UserError(
+                f"train.parallel.{name} is {size}, but {why}; set train.parallel.{name} to 1 and "
+                f"train.parallel.data to {size * axes.data}"
+            )
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Settings of every stage that runs the training loop."""
@@ -96,6 +108,12 @@ class Tuning:
     def __post_init__(self) -> None:
         check_shares(self, "heldout")
         check_device(self.device)
+        if getattr(self, "lora", None) is not None:
+            check_axes(self, "adapters (lora) are not cut", "tensor")
+
+    def meet(self) -> Share:
+        """Join the other processes, if there are any, before the model is spread over them."""
+        return Share.meet(self.train.parallel, torch_device(self.device))
 
 
 class Source(Protocol):

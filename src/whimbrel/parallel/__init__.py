@@ -5,6 +5,6 @@ docs/parallel.md is the room's page.
 
 from whimbrel.parallel.apply import applied
 from whimbrel.parallel.mesh import Axes, Share
-from whimbrel.parallel.pieces import local
+from whimbrel.parallel.pieces import local, whole
 
-__all__ = ["Axes", "Share", "applied", "local"]
+__all__ = ["Axes", "Share", "applied", "local", "whole"]

@@ -138,6 +138,11 @@ class Share:
         return not any(self.place.values())
 
     @property
+    def rank(self) -> int:
+        """The number of this process among all."""
+        return distributed.get_rank() if self.mesh is not None else 0
+
+    @property
     def copy(self) -> int:
         """Which of the copies of the model this rank belongs to."""
         return self.place["data"] * self.axes.fsdp + self.place["fsdp"]

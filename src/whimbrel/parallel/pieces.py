@@ -25,6 +25,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All the numbers, on every rank of `fsdp`, which must all ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """A rectangle of one segment of a tensor."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,10 +21,26 @@ from whimbrel.errors import UserError
 from whimbrel.pipeline.recipe import Node
 
 _LOST = "one of its processes ended without a word, as when memory runs out"
+GRACE = 15.0
+"""Seconds in which processes whose peers on another host are gone may end by themselves."""
 
 
 class StageError(Exception):
     """A stage failed or died. The message is one line: stage, cause, log file."""
+
+
+class Lost(StageError):
+    """Processes here ended because others did; the cause is elsewhere."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """This host's place among those that run a stage together, and where torchrun's parts meet."""
+
+    nodes: int = 1
+    rank: int = 0
+    address: str = ""
+    port: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,13 @@ class Job:
     inputs: Mapping[str, Path]
     out: Path
     log: Path
-    lock: int
+    lock: int | None
+    seat: Seat = Seat()
+
+    @property
+    def here(self) -> int:
+        """Processes on this host."""
+        return self.node.processes // self.seat.nodes
 
     def save(self, events: int | str) -> str:
         """Write the job for the worker to read; `events` is the descriptor, or the path of a pipe, it speaks into.
@@ -55,28 +78,32 @@ class Job:
         return file.name
 
 
-def attend(job: Job, hear: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def attend(
+    job: Job, hear: Callable[[dict[str, Any]], None], lost: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Run a job to its end; returns its last event. `hear` gets all others, and the log lines of what happens here.
 
-    Raises UserError for a mistake that the stage names, StageError for anything else that ends it, KeyboardInterrupt
-    when it was asked to stop.
+    Once `lost` says that another host is no longer with it, what runs here has GRACE seconds to end. Raises UserError
+    for a mistake that the stage names, StageError for anything else that ends it, KeyboardInterrupt when it was asked
+    to stop, here or on another host.
     """
     job.log.parent.mkdir(exist_ok=True)
     with _channel(job) as (ear, mouth, events), open(job.log, "ab") as log, open(ear, encoding="utf-8") as lines:
         path = job.save(events)
         # A session of its own: the terminal's Ctrl-C reaches only the parent, which then asks the stage to stop.
         child = subprocess.Popen(
-            [sys.executable, *_launcher(job.node.processes), "-m", "whimbrel.pipeline.worker", path],
+            [sys.executable, *_launcher(job), "-m", "whimbrel.pipeline.worker", path],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            pass_fds=(mouth, job.lock),
+            pass_fds=(mouth, *([] if job.lock is None else [job.lock])),
             start_new_session=True,
-            env=_environment(job.node.processes),
+            env=_environment(job),
         )
         os.close(mouth)
         workers: list[int] = []  # leaders of their sessions, where there are several
         threading.Thread(target=_bury, args=(child, workers), daemon=True).start()
+        threading.Thread(target=_end_with_others, args=(child, workers, lost), daemon=True).start()
         last: dict[str, Any] = {}
         try:
             with _handing_on(child, workers, hear) as presses:
@@ -97,10 +124,12 @@ def attend(job: Job, hear: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
             os.unlink(path)
             if child.stdin is not None:
                 child.stdin.close()
-    if presses:
+    if presses or last.get("event") == "stopped":  # or somebody asked for it on another host
         raise KeyboardInterrupt(last.get("text", ""))
-    if last.get("event") == "done" and child.returncode == 0:
+    if child.returncode == 0 and (last.get("event") == "done" or job.seat.rank):
         return last
+    if child.returncode == -signal.SIGKILL and lost():
+        raise Lost(f"stage {job.node.name}: another host is gone (log: {job.log})")
     raise _cause(job, last, child.returncode)
 
 
@@ -127,20 +156,23 @@ def _channel(job: Job) -> Iterator[tuple[int, int, int | str]]:
         yield ear, mouth, path
 
 
-def _launcher(processes: int) -> list[str]:
-    """What stands between Python and the module: torchrun, on this machine, for several processes."""
-    if processes == 1:
+def _launcher(job: Job) -> list[str]:
+    """What stands between Python and the module: torchrun, on this machine or with others, for several processes."""
+    if job.node.processes == 1:
         return []
-    words = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
-    return ["-m", "torch.distributed.run", *words]
+    seat, words = job.seat, ["--standalone", "--local-addr", "127.0.0.1"]
+    if seat.nodes > 1:
+        words = ["--nnodes", str(seat.nodes), "--node-rank", str(seat.rank), "--rdzv-backend", "static"]
+        words += ["--rdzv-endpoint", f"{seat.address}:{seat.port}", "--rdzv-id", job.node.name]
+    return ["-m", "torch.distributed.run", *words, "--nproc-per-node", str(job.here)]
 
 
-def _environment(processes: int) -> dict[str, str]:
+def _environment(job: Job) -> dict[str, str]:
     """Several processes share the cores, unless somebody has said otherwise."""
-    if processes == 1:
+    if job.node.processes == 1:
         return dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
+    return {"OMP_NUM_THREADS": str(max(1, cores // job.here)), **os.environ}
 
 
 @contextmanager
@@ -186,6 +218,16 @@ def _bury(child: subprocess.Popen[bytes], workers: Sequence[int]) -> None:
     _signal([child.pid, *workers], signal.SIGKILL)
 
 
+def _end_with_others(child: subprocess.Popen[bytes], workers: Sequence[int], lost: Callable[[], bool]) -> None:
+    """End what runs here if it has not ended GRACE seconds after another host was lost: NCCL would wait for minutes."""
+    since = None
+    while child.poll() is None:
+        since = since or (time.monotonic() if lost() else None)
+        if since is not None and time.monotonic() - since > GRACE:
+            _signal([child.pid, *workers], signal.SIGKILL)
+        time.sleep(0.2)
+
+
 def _cause(job: Job, last: Mapping[str, Any], code: int) -> Exception:
     """One line for the way in which a stage ended."""
     name, log = job.node.name, job.log
@@ -195,7 +237,7 @@ def _cause(job: Job, last: Mapping[str, Any], code: int) -> Exception:
         if last["reason"] == "disk":
             return UserError(f"stage {name}: no space left for {job.out}; free some, then the same command goes on")
         if last["reason"] == "peer":
-            return StageError(f"stage {name}: {_LOST} (log: {log}); the same command goes on from its last save")
+            return Lost(f"stage {name}: {_LOST} (log: {log}); the same command goes on from its last save")
         if last["reason"] == "memory":
             return UserError(f"stage {name} ran out of memory; make its batches or its model smaller (details: {log})")
         return StageError(

@@ -25,8 +25,9 @@ from typing import Any
 from whimbrel.errors import UserError
 from whimbrel.files import atomic_write, fsync_folder
 from whimbrel.pipeline import manifest, report
-from whimbrel.pipeline.child import Job, StageError, attend
+from whimbrel.pipeline.child import Job, StageError
 from whimbrel.pipeline.console import Display, duration, figure
+from whimbrel.pipeline.hosts import Hosts, Leader, follow, leading
 from whimbrel.pipeline.lock import locked
 from whimbrel.pipeline.recipe import Node, Recipe
 from whimbrel.units import format_bytes
@@ -38,21 +39,26 @@ class Stopped(Exception):
     """The user stopped a run; the message says how to go on."""
 
 
-def run(recipe: Recipe, folder: Path, display: Display) -> Path:
-    """Run what is not finished yet and write the report; returns its path.
+def run(recipe: Recipe, folder: Path, display: Display, hosts: Hosts = Hosts()) -> Path:  # noqa: B008 - frozen
+    """Run what is not finished yet and write the report; returns its path. Of several hosts all call it.
 
     Raises UserError for what a user can mend, StageError for a stage that failed or died, Stopped after Ctrl-C.
     """
     place = ""
+    hosts.check(recipe)
     try:
-        with locked(folder) as lock, terminable():
+        if hosts.rank:
+            with terminable():
+                follow(hosts, recipe, folder, display)
+            return folder / "report.html"
+        with terminable(), leading(hosts, recipe, folder, display) as leader, locked(folder) as lock:
             with atomic_write(folder / "recipe.yaml") as file:
                 file.write(recipe.text())
             outside = manifest.FileKeys(folder / ".keys.json")
             done: dict[str, dict[str, Any]] = {}
             for node in recipe.nodes:
                 place = node.name
-                done[node.name] = _stage(node, folder, outside, done, lock, display)
+                done[node.name] = _stage(node, folder, outside, done, lock, display, leader)
             place = "the report"
             return report.write(folder, recipe, [done[node.name] for node in recipe.nodes])
     except KeyboardInterrupt as stop:
@@ -73,6 +79,7 @@ def _stage(
     done: Mapping[str, dict[str, Any]],
     lock: int,
     display: Display,
+    leader: Leader,
 ) -> dict[str, Any]:
     """Bring one stage to its end; returns its manifest."""
     inputs = {name: _input(source, outside, done) for name, source in node.inputs.items()}
@@ -96,7 +103,7 @@ def _stage(
             _note(partial, work, started)
 
     try:
-        last = attend(job, note)
+        last = leader.attend(job, note)
     finally:
         display.stop()
         if partial.exists():
@@ -237,4 +244,4 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-__all__ = ["StageError", "Stopped", "run"]
+__all__ = ["Hosts", "StageError", "Stopped", "run"]

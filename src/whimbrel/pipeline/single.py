@@ -5,6 +5,7 @@ It is run as a recipe of that one stage, so it resumes, locks and keeps a manife
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from whimbrel import config
 from whimbrel.errors import UserError, nearest
 from whimbrel.pipeline import recipe
 from whimbrel.pipeline.console import Display
+from whimbrel.pipeline.hosts import Hosts
 from whimbrel.pipeline.run import run as work
 from whimbrel.pipeline.stages import STAGES, locate
 
@@ -43,5 +45,5 @@ def run(kind: str, path: Path | None, overrides: Sequence[str], inputs: Sequence
             raise UserError(f"{kind} needs {name}; add --input {name}=PATH")
     graph = recipe.build({"name": kind, "stages": {kind: {"stage": kind, "inputs": given, "config": settings}}}, kind)
     folder = out or Path("runs") / kind
-    work(graph, folder, Display())
+    work(graph, folder, Display(), Hosts.of(None, None, None, os.environ))
     return folder / kind

@@ -120,6 +120,7 @@ STAGES: Mapping[str, Stage] = {
         inputs=("model", "conversations"),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "chat-tokens": Stage(
         settings="whimbrel.align.sft:ChatTokensSettings",
@@ -141,6 +142,7 @@ STAGES: Mapping[str, Stage] = {
         inputs=("model", "pairs"),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "reward": Stage(
         settings="whimbrel.align.reward:RewardSettings",
@@ -149,6 +151,7 @@ STAGES: Mapping[str, Stage] = {
         inputs=("model", "rated"),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "grpo": Stage(
         settings="whimbrel.align.grpo:GrpoSettings",
@@ -158,6 +161,7 @@ STAGES: Mapping[str, Stage] = {
         optional=("validation",),
         model="model",
         free=LOOP,
+        spread=True,
     ),
     "merge": Stage(
         settings="whimbrel.align.merge:MergeSettings",

@@ -97,8 +97,12 @@ class TrainSettings:
         if self.precision not in PRECISIONS:
             hint = nearest(self.precision, PRECISIONS)
             raise UserError(f"train.precision is {self.precision!r}; {hint}; set it to auto, float32 or bfloat16")
-        self.parallel.check_batches(self.accumulate)
+        self.check_batches()
         self.schedule.check(self.steps)
+
+    def check_batches(self) -> None:
+        """Raise `UserError` unless a step's micro-batches can be dealt out evenly."""
+        self.parallel.check_batches(self.accumulate)
 
     def precision_on(self, device: torch.device) -> str:
         """`float32` or `bfloat16`. On a CPU the latter is emulated, slow, and on some machines fatal: it is refused."""
@@ -149,7 +153,7 @@ def train(
         if state.step:
             checkpointing.load(checkpointing.path_of(checkpoints, state.step), model, optimizer)
             model.touch()
-        log = stack.enter_context(closing(_book(folder, state, settings, share, report)))
+        log = stack.enter_context(closing(book(folder, state, settings, share, report)))
         saver = stack.enter_context(closing(Saver(checkpoints, settings.keep, share, settings.asynchronous)))
         session = time.perf_counter()
         for step in range(state.step, settings.steps + 1):
@@ -191,7 +195,8 @@ def _enter(stack: ExitStack, settings: TrainSettings, model: LanguageModel) -> t
     return wish, stack.enter_context(applied(model, settings.parallel, recompute=settings.recompute))
 
 
-def _book(folder: Path, state: TrainState, settings: TrainSettings, share: Share, report: Report) -> Log | NoLog:
+def book(folder: Path, state: TrainState, settings: TrainSettings, share: Share, report: Report) -> Log | NoLog:
+    """The log of a run, which the first rank keeps."""
     return Log(folder, state.metrics_offset, state.step, settings.tensorboard, report) if share.first else NoLog()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from whimbrel.errors import UserError
+from whimbrel.errors import UserError, nearest
 from whimbrel.model import count
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.language import LanguageModel
@@ -24,6 +24,20 @@ from whimbrel.units import format_bytes, format_count
 CHUNK = 1024
 """Rows of logits that the head's loss holds at a time (train/objective.py)."""
 DAY = 86_400
+BLOCK = 16
+"""Tokens of a block of keys and values (the engine's default)."""
+REFUSED: dict[str, tuple[str, ...]] = {
+    "pretrain": (),
+    "sft": (),
+    "dpo": ("context",),
+    "reward": ("context",),
+    "grpo": ("fsdp", "context", "tensor"),
+}
+"""Axes that a stage cannot use."""
+NOTES = {
+    "dpo": "  reference        its log-probabilities alone, computed before the first step",
+    "grpo": "  drawing          is not in the time of a step; without `fsdp` a process holds all of this",
+}
 
 
 @dataclass(frozen=True)
@@ -41,15 +55,30 @@ class TrainingPlanSettings:
     causal: bool = True
     """Count the keys that a token sees; false counts the whole row, as Megatron's published MFU does."""
     parallel: Axes = field(default_factory=Axes)
+    stage: str = "pretrain"
+    """pretrain, sft, dpo, reward or grpo: what lies beside the model."""
+    sequences: int = 0
+    """grpo: answers that each process draws at once, groups × group_size over `data`."""
+    reference: bool = False
+    """grpo: a frozen reference lies beside the policy, as with any `kl`."""
 
     def __post_init__(self) -> None:
+        if self.stage not in REFUSED:
+            raise UserError(f"stage is {self.stage!r}; {nearest(self.stage, REFUSED)}")
+        for axis in REFUSED[self.stage]:
+            if getattr(self.parallel, axis) > 1:
+                raise UserError(f"parallel.{axis} is not for {self.stage}; set parallel.{axis} to 1")
+        if (self.sequences > 0) != (self.stage == "grpo") or self.reference > (self.stage == "grpo"):
+            works = "the answers drawn at once, for example 64" if self.stage == "grpo" else "0 and reference to false"
+            raise UserError(f"sequences is {self.sequences} with stage {self.stage}; set sequences to {works}")
         if self.tokens < 0 or not math.isfinite(self.tokens):
             raise UserError(f"tokens is {self.tokens}; set tokens to the length of the run, for example 8e12")
         if self.accumulate < 1:
             raise UserError(f"accumulate is {self.accumulate}; set accumulate to {self.parallel.copies}")
         if not 0 < self.mfu <= 1:
             raise UserError(f"mfu is {self.mfu}; set mfu in (0, 1], for example 0.35")
-        self.parallel.check_batches(self.accumulate)
+        if self.stage != "grpo":
+            self.parallel.check_batches(self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -57,6 +86,7 @@ class TrainingPlan:
     """Bytes on each process, and times. Sizes in bytes, times in seconds."""
 
     model: str
+    stage: str
     parameters: int
     processes: int
     axes: dict[str, int]
@@ -71,6 +101,10 @@ class TrainingPlan:
     other_activation_bytes: int
     """What they would be with the other setting of `recompute`."""
     logits_bytes: int
+    reference_bytes: int
+    """The weights of a frozen reference."""
+    engine_bytes: int
+    """Keys, values and recurrent states of the answers that are drawn."""
     reserve_bytes: int
     total_bytes: int
     fits: bool
@@ -95,6 +129,7 @@ class TrainingPlan:
         """The plan for people."""
         product = " × ".join(f"{name} {size}" for name, size in self.axes.items() if size > 1) or "alone"
         head = f"{self.model}: {format_count(self.parameters)} parameters, trained by {self.processes:,} ({product})"
+        head += f", {self.stage}" * (self.stage != "pretrain")
         rows = [
             ("weights", self.weights_bytes, "float32, on each"),
             ("gradients", self.gradients_bytes, "float32"),
@@ -102,6 +137,8 @@ class TrainingPlan:
             ("gathered", self.gathered_bytes, "whole layers while FSDP computes them"),
             ("activations", self.activation_bytes, self._activations()),
             ("logits", self.logits_bytes, "of a chunk of rows, and their gradient"),
+            ("reference", self.reference_bytes, "frozen weights, float32"),
+            ("engine", self.engine_bytes, "keys, values and states of the answers that are drawn"),
             ("reserve", self.reserve_bytes, "kept free"),
         ]
         lines = [f"  {name:<16} {format_bytes(size):>11}  {what}" for name, size, what in rows if size]
@@ -110,7 +147,8 @@ class TrainingPlan:
             f"fits, {format_bytes(spare)} to spare" if self.fits else f"does not fit, {format_bytes(-spare)} too much"
         )
         lines.append(f"  {'total':<16} {format_bytes(self.total_bytes):>11}  of {format_bytes(self.memory)}: {verdict}")
-        return [head, "", *lines, "", *self._times()]
+        note = [NOTES[self.stage]] if self.stage in NOTES else []
+        return [head, "", *lines, "", *self._times(), *note]
 
     def _activations(self) -> str:
         now, other = ("recomputed", "without") if self.recompute else ("kept", "with")
@@ -148,31 +186,21 @@ def plan(
     if length < 1 or rows < 1:
         raise UserError(f"context is {length}, batch {rows}; set both to 1 or more, for example 8192 and 1")
     tokens = rows * length
-    (weights, largest), small = held_bytes(config, axes), local_config(config, axes.tensor)
-    lengths, rest = [length] * (rows // axes.context), rows % axes.context * length // axes.context
-    shape = (small, [*lengths, *[rest] * (rest > 0)], getattr(torch, precision))
-    kept = {on: activation_bytes(*shape, on) for on in (True, False)}
-    parts = {
-        "weights_bytes": weights,
-        "gradients_bytes": weights,
-        "moments_bytes": 2 * weights,
-        "gathered_bytes": 3 * largest * (axes.fsdp > 1),
-        "activation_bytes": kept[settings.recompute],
-        "logits_bytes": 2 * min(CHUNK, -(-tokens // axes.context)) * small.vocab_size // axes.tensor * count.FLOAT32,
-        "reserve_bytes": reserve,
-    }
+    parts, other = _parts(config, settings, length, rows, precision)
+    parts["reserve_bytes"] = reserve
     flops = count.flops_per_token(config, count.mean_context([length]) if settings.causal else length, training=True)
     step, total = tokens * settings.accumulate, sum(parts.values())
     least = flops * step / (axes.processes * peak)
     rate = step / least * settings.mfu
     return TrainingPlan(
         model=name,
+        stage=settings.stage,
         parameters=count.total(config),
         processes=axes.processes,
         axes=asdict(axes),
         tokens_per_step=step,
         memory=memory,
-        other_activation_bytes=kept[not settings.recompute],
+        other_activation_bytes=other,
         total_bytes=total,
         fits=total <= memory,
         recompute=settings.recompute,
@@ -186,6 +214,38 @@ def plan(
         days=settings.tokens / rate / DAY if settings.tokens else None,
         **parts,
     )
+
+
+def _parts(
+    config: ModelConfig, settings: TrainingPlanSettings, length: int, rows: int, precision: str
+) -> tuple[dict[str, int], int]:
+    """Bytes of each part on a process, and what activations are with the other setting of `recompute`."""
+    axes, tokens = settings.parallel, rows * length
+    (weights, largest), small = held_bytes(config, axes), local_config(config, axes.tensor)
+    lengths, rest = [length] * (rows // axes.context), rows % axes.context * length // axes.context
+    shape = (small, [*lengths, *[rest] * (rest > 0)], getattr(torch, precision))
+    kept = {on: activation_bytes(*shape, on) for on in (True, False)}
+    return {
+        "weights_bytes": weights,
+        "gradients_bytes": weights,
+        "moments_bytes": 2 * weights,
+        "gathered_bytes": 3 * largest * (axes.fsdp > 1),
+        "activation_bytes": kept[settings.recompute],
+        "logits_bytes": 2
+        * min(CHUNK, -(-tokens // axes.context))
+        * small.vocab_size
+        // axes.tensor
+        * count.FLOAT32
+        * (settings.stage != "reward"),
+        "reference_bytes": weights * settings.reference,
+        "engine_bytes": _engine_bytes(config, settings.sequences, length),
+    }, kept[not settings.recompute]
+
+
+def _engine_bytes(config: ModelConfig, sequences: int, length: int) -> int:
+    """What sequences of `length` tokens hold in an engine on the same float32 weights."""
+    states = count.state_bytes(config, sequences, "float32")
+    return states + count.kv_bytes(config, -(-length // BLOCK) * BLOCK, sequences, "float32")
 
 
 def held_bytes(config: ModelConfig, axes: Axes) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def accumulate(
     """Loss and mean of each term over all micro-batches and ranks; with `learn`, its gradient is added to `.grad`.
 
     Without `learn` no graph is kept: this is also how held-out batches are scored. `batches` are those of this rank;
-    the last `idle` of them are computed, because other ranks need this one's help, and not counted.
+    the last `idle` of them are computed, because other ranks need this one's help, and neither counted nor learned.
     """
     share: Share = model.share or ALONE
     if share.axes.context > 1:
@@ -77,14 +77,15 @@ def accumulate(
     sums: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
     for number, batch in enumerate(batches):
+        real = number < len(batches) - idle
         with torch.set_grad_enabled(learn), autocast(model.device, precision):
             terms = objective(model, batch)
         promised = objective.counts(batch)
         assert {name: term.count for name, term in terms.items()} == promised, "counts changed between promise and loss"
         if learn:
-            weighted(terms, counts).backward()
+            (weighted(terms, counts) * real).backward()
         for name, term in terms.items():
-            seen = term.sum.detach() * (number < len(batches) - idle)
+            seen = term.sum.detach() * real
             sums[name] = sums.get(name, torch.zeros((), device=model.device)) + seen
             weights[name] = term.weight
     totals = share.total({name: total.item() for name, total in sums.items()})
@@ -100,14 +101,15 @@ def train_step(
     *,
     clip: float,
     precision: str = "float32",
+    idle: int = 0,
 ) -> Step:
     """Move the weights once.
 
     Raises `NotFinite`, with weights and optimizer as they were, if loss or gradient is not finite.
 
-    `clip` is the largest gradient norm let through; 0 lets everything through.
+    `clip` is the largest gradient norm let through; 0 lets everything through. `idle` as in `accumulate`.
     """
-    loss, terms = accumulate(model, objective, batches, precision, learn=True)
+    loss, terms = accumulate(model, objective, batches, precision, learn=True, idle=idle)
     share: Share = model.share or ALONE
     if share.axes.processes > 1:
         gradients.finish(model, share)
