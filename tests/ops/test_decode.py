@@ -175,7 +175,7 @@ def test_a_long_context_in_pieces(length):
 
 
 def test_a_state_where_another_was_is_told_anew():
-    """Memory that was freed comes back with other widths, blocks or types: addresses alone do not say what lies there."""
+    """Memory that was freed comes back with other blocks or types: addresses alone do not say what lies there."""
     model, where = random_model(NETWORKS["qwen"]), place(2)
     room = {"slots": 4, "blocks": 100, "block_size": 4, "dtype": torch.float32}
     first = State.empty(model.config, **room)

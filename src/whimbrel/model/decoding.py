@@ -56,7 +56,7 @@ class Decoder:
         self.seen: tuple[list[Any], list[int]] | None = None
         """Modules and addresses that the library was told of; None before the first step."""
         self.pools: list[Any] = []
-        """Addresses of the state it was told of, and how keys and values lie there: memory that was freed comes back."""
+        """Addresses of the state it was told of, and how it lies there: memory that was freed comes back."""
         self.layers: Any = None
         self.step: Decode | None = None
 
