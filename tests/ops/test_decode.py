@@ -161,14 +161,39 @@ def test_threads_and_repeats_change_no_bit(bits):
         assert all(torch.equal(y, z) for y, z in zip(result, results[0], strict=True))
 
 
-def test_a_long_context_in_pieces():
-    config = NETWORKS["qwen"]
-    model, length = random_model(config), 5000
+@pytest.mark.parametrize("length", [5000, 17000])
+def test_a_long_context_in_pieces(length):
+    """Beyond 16,384 tokens a piece is longer than the 512 whose weights are held at once."""
+    model, blocks = random_model(NETWORKS["qwen"]), length // 4 + 1
     past, tokens, slots = [length, 130], torch.tensor([3, 4]), torch.tensor([0, 1])
-    table = torch.randperm(2 * 1300, generator=torch.Generator().manual_seed(0)).view(2, 1300)
+    table = torch.randperm(2 * blocks, generator=torch.Generator().manual_seed(0)).view(2, blocks)
     with ops.using("torch"):
         expected = step(model, past, tokens, slots, table)
-    assert gap(step(model, past, tokens, slots, table)[0], expected[0]) < 2e-5
+    for isa in ISAS:
+        with instruction_set(isa):
+            assert gap(step(model, past, tokens, slots, table)[0], expected[0]) < 2e-5, isa
+
+
+def test_a_state_where_another_was_is_told_anew():
+    """Memory that was freed comes back with other blocks or types: addresses alone do not say what lies there."""
+    model, where = random_model(NETWORKS["qwen"]), place(2)
+    room = {"slots": 4, "blocks": 100, "block_size": 4, "dtype": torch.float32}
+    first = State.empty(model.config, **room)
+    pools = [pool.view(-1) for side in (first.k, first.v) for pool in side.values()]
+    for kv_dtype, size in ((torch.float32, 4), (torch.float32, 8), (torch.float16, 4), (torch.float32, 4)):
+        state = State.empty(model.config, **room | {"block_size": size, "blocks": 400 // size}, kv_dtype=kv_dtype)
+        sides = [(side, index) for side in (state.k, state.v) for index in side]
+        for (side, index), pool in zip(sides, pools, strict=True):
+            side[index] = pool.view(kv_dtype)[: side[index].numel()].view(side[index].shape)
+        results = []
+        for form in ("torch", "cpu"):
+            for side, index in sides:
+                side[index].copy_(torch.randn(side[index].shape, generator=torch.Generator().manual_seed(1)))
+            past, tokens, slots, table = where
+            layout = Layout.of([1, 1], past, slots=slots, block_table=table % (400 // size))
+            with torch.inference_mode(), ops.using(form):
+                results.append(model(tokens, layout, state))
+        assert model.decoder.step is not None and gap(*results) < 1e-3, (kv_dtype, size)
 
 
 def test_a_copied_or_changed_model_decodes_with_its_own_weights():

@@ -55,8 +55,8 @@ class Decoder:
         self.tensors: list[tuple[dict[str, Any], str]] = []
         self.seen: tuple[list[Any], list[int]] | None = None
         """Modules and addresses that the library was told of; None before the first step."""
-        self.pools: list[int] = []
-        """Addresses of the state it was told of."""
+        self.pools: list[Any] = []
+        """Addresses of the state it was told of, and how it lies there: memory that was freed comes back."""
         self.layers: Any = None
         self.step: Decode | None = None
 
@@ -149,8 +149,9 @@ class Decoder:
     def _point(self, state: State) -> bool:
         """Let the layers point to this state; False if the library cannot take it."""
         sides = {"conv": state.conv, "ssm": state.ssm, "keys": state.k, "values": state.v}
-        addresses = [tensor.data_ptr() for side in sides.values() for tensor in side.values()]
-        if addresses == self.pools:
+        pools: list[Any] = [(v.data_ptr(), v.dtype, v.stride()) for side in sides.values() for v in side.values()]
+        pools.append(state.block_size)
+        if pools == self.pools:
             return True
         tails = [tail.transpose(1, 2) for tail in state.conv.values()]
         kinds = {tensor.dtype for side in (state.k, state.v) for tensor in side.values()}
@@ -161,7 +162,7 @@ class Decoder:
         for name, side in sides.items():
             for index, tensor in side.items():
                 setattr(self.layers[index], name, tensor.data_ptr())
-        self.step.block_size, self.step.kv_half, self.pools = state.block_size, torch.float16 in kinds, addresses
+        self.step.block_size, self.step.kv_half, self.pools = state.block_size, torch.float16 in kinds, pools
         return True
 
 
