@@ -734,6 +734,9 @@ def main() -> int:
     parser.add_argument("--without", default="")
     parser.add_argument("--ceilings", default="")
     said = parser.parse_args()
+    if said.out.suffix in (".json", ".torn"):
+        works = said.out.with_suffix(".jsonl")
+        parser.error(f"--out is {said.out}, where the summary is written; set --out to {works}")
     known = tuple(float(word) for word in said.ceilings.split(",") if word)
     place = Place(said.dry_run, time.perf_counter() + said.seconds, known)
     if said.row:

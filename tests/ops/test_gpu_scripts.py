@@ -37,6 +37,12 @@ def test_what_a_row_found_before_it_failed_is_kept(tmp_path, monkeypatch):
     assert "DRY what=first share=50.0%" in gpu_measure.table(out)
 
 
+def test_the_figures_and_their_summary_do_not_share_a_file(tmp_path):
+    done = script("gpu_measure.py", "--out", tmp_path / "results.json", "--dry-run", "--rows", "ceilings")
+    assert done.returncode == 2 and f"set --out to {tmp_path}/results.jsonl" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_operations_that_failed_the_check_run_in_torchs_form(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_measure
