@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small import launch
 from test_launch import go, graph, losses
 
 from whimbrel.errors import UserError
@@ -202,6 +203,11 @@ def test_processes_that_hosts_cannot_share_are_refused() -> None:
         Hosts(3, 0, "a").check(graph({"data": 4}))
     Hosts(2, 1, "a").check(graph({"data": 4}))
     Hosts(2, 1, "a").check(graph({}))
+
+
+def test_ranks_wait_as_long_as_one_works_alone() -> None:
+    """Encoding a large set of conversations, for example, which takes longer than torch's half an hour."""
+    launch("wait.py", 2, timeout=60)
 
 
 def test_a_host_that_went_away_before_all_had_come_may_come_again(tmp_path: Path) -> None:
