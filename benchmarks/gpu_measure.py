@@ -718,14 +718,16 @@ def machine(place: Place) -> Record:
     """Date, commit, versions and device. The process that waits for the rows must not open the card itself."""
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
-    gpu = "none (dry run)"
-    if not place.dry:
-        ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        gpu = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which(ask[0]) else "unknown"
-    return {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit, "torch": torch.__version__, "gpu": gpu}
+    def ask(*command: str) -> str:
+        """What a program says, in the tree of this script; `unknown` without it."""
+        if not shutil.which(command[0]):
+            return "unknown"
+        return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip() or "unknown"
+
+    smi = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    gpu = "none (dry run)" if place.dry else ask(*smi)
+    said = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": ask("git", "rev-parse", "--short", "HEAD")}
+    return said | {"torch": torch.__version__, "gpu": gpu}
 
 
 def table(out: Path) -> str:

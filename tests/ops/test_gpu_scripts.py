@@ -135,6 +135,15 @@ def test_a_row_that_cannot_fit_is_skipped_and_said(tmp_path, monkeypatch, capsys
     assert [record["row"] for record in whole["records"]] == ["fp8", "decode"] and len(whole["failed"]) == 2
 
 
+def test_a_machine_without_git_and_without_nvidia_smi_is_described(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_measure
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = gpu_measure.machine(gpu_measure.Place(dry=False))
+    assert (said["commit"], said["gpu"]) == ("unknown", "unknown") and said["torch"] == torch.__version__
+
+
 def test_the_ratios_predicted_are_those_of_plan(monkeypatch):
     """The largest batches of `plan`, its bytes over bandwidth and its prompts over peak: written out for one job."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
