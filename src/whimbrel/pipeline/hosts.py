@@ -80,7 +80,8 @@ class Hosts:
             )
         first = re.match(r"([^\[,]*)(?:\[([^],-]+)[^]]*\]([^,\[]*))?", environment["SLURM_STEP_NODELIST"])
         address = "".join(part or "" for part in first.groups()) if first else ""
-        return cls(nodes, int(environment["SLURM_NODEID"]), address, int(environment.get("MASTER_PORT", PORT)))
+        endpoint = f"{address}:{environment.get('MASTER_PORT', PORT)}"
+        return cls.of(nodes, int(environment["SLURM_NODEID"]), endpoint, {})
 
     def check(self, recipe: Recipe) -> None:
         """Raise `UserError` where the processes of a stage cannot be shared evenly."""
