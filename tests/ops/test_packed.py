@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whimbrel import ops
@@ -36,6 +36,7 @@ def test_codes_and_scales_come_back_and_mean_their_product(outputs, groups, grou
     assert torch.equal(packed.rows(weight, ids), expected[ids])
 
 
+@settings(deadline=None)
 @given(outputs=st.integers(1, 20), inputs=st.sampled_from([32, 64, 96]))
 def test_the_layout_is_that_of_the_page(outputs, inputs):
     """Byte by byte, as native kernels and files have it."""
