@@ -257,11 +257,23 @@ def product(device: torch.device, dtype: torch.dtype, bits: int, count: int, sma
     return both[0], both[1]
 
 
-def checks(device: torch.device, small: bool = False, end: float = float("inf")) -> Iterator[dict[str, Any]]:
-    """Run everything, bfloat16 first: a record for each case, and one that sums up. None is begun after `end`
-    (`time.perf_counter`).
+def alive(device: torch.device) -> bool:
+    """Does the device still answer? After an illegal access it does nothing more for this process."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def checks(
+    device: torch.device, small: bool = False, end: float = float("inf"), skip: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Run everything but the first `skip`, bfloat16 first: a record for each case, and one that sums up. None is begun
+    after `end` (`time.perf_counter`), nor after one that broke this process: the last record then names it as `lost`.
     """
-    kernels, begin, seen, bad = ops.gpu()[0], time.perf_counter(), 0, list[str]()
+    kernels, begin, seen, bad, number = ops.gpu()[0], time.perf_counter(), 0, list[str](), 0
     if kernels is None:
         yield {"ok": False, "failed": f"no Triton: {ops.gpu()[1]}"}
         return
@@ -295,12 +307,18 @@ def checks(device: torch.device, small: bool = False, end: float = float("inf"))
         ]
         work += [(f"draw {word}", lambda: draws(device))] if dtype == torch.float32 else []
         for label, function in work:
+            number += 1
+            if number <= skip:
+                continue
             if time.perf_counter() > end:
                 bad.append(f"{label} (no time)")
                 continue
             found = judged(label, function)
             seen, bad = seen + 1, bad + [label] * (not found["ok"])
             yield found
+            if not found["ok"] and not alive(device):
+                yield {"ok": False, "lost": label}
+                return
     yield {"ok": not bad, "cases": seen, "wrong": bad, "seconds": time.perf_counter() - begin}
 
 

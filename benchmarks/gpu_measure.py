@@ -48,6 +48,8 @@ class Place:
     """Of `time.perf_counter`: when the row should be done."""
     known: tuple[float, ...] = ()
     """Bytes/s of a copy and operations/s of a product, where this run has measured them."""
+    skip: int = 0
+    """Cases of the check that another process has been through."""
 
     @property
     def left(self) -> float:
@@ -518,7 +520,7 @@ def check(place: Place) -> Iterator[Record]:
     import torch
     from gpu_check import checks
 
-    yield from checks(torch.device(place.device), small=place.dry, end=place.end)
+    yield from checks(torch.device(place.device), small=place.dry, end=place.end, skip=place.skip)
 
 
 @dataclass(frozen=True)
@@ -609,10 +611,13 @@ def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
         command += ["--without", ",".join(without)] if without else []
         command += ["--seconds", f"{limit - GRACE:.1f}", "--ceilings", measured(records(out)[first:])]
         started = time.perf_counter()
-        try:
-            code = subprocess.run(command, env=environment, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
+        code = ended(command, environment, limit)
+        while name == "check" and (seen := lost(records(out)[first:])):  # the others in a new process
+            rest = limit - (time.perf_counter() - started)
+            if rest < 2 * GRACE:
+                break
+            more = ["--skip", str(seen), "--seconds", f"{rest - GRACE:.1f}"]
+            code = ended([*command, *more], environment, rest) or code
         if code:
             bad.append(f"{name}: " + (f"stopped after {limit:.0f} s" if code == 124 else f"ended with {code}"))
             append(out, {"row": name, "dry": place.dry, "ended": bad[-1]})
@@ -624,6 +629,20 @@ def parent(names: list[str], place: Place, out: Path, budget: float) -> int:
     print(table(out))
     print("\n".join(f"FAILED {text}" for text in bad) or "every row ran")
     return 1 if bad else 0
+
+
+def ended(command: list[str], environment: dict[str, str], limit: float) -> int:
+    """How a row's process ended: 124 if it was stopped."""
+    try:
+        return subprocess.run(command, env=environment, timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        return 124
+
+
+def lost(found: list[Record]) -> int:
+    """Cases that the check has been through, if the last of them broke its process; else 0."""
+    rows = [record for record in found if record["row"] == "check"]
+    return sum("case" in record for record in rows) if rows and "lost" in rows[-1] else 0
 
 
 def append(out: Path, record: Record) -> None:
@@ -699,14 +718,16 @@ def machine(place: Place) -> Record:
     """Date, commit, versions and device. The process that waits for the rows must not open the card itself."""
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
-    gpu = "none (dry run)"
-    if not place.dry:
-        ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        gpu = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which(ask[0]) else "unknown"
-    return {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit, "torch": torch.__version__, "gpu": gpu}
+    def ask(*command: str) -> str:
+        """What a program says, in the tree of this script; `unknown` without it."""
+        if not shutil.which(command[0]):
+            return "unknown"
+        return subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip() or "unknown"
+
+    smi = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    gpu = "none (dry run)" if place.dry else ask(*smi)
+    said = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": ask("git", "rev-parse", "--short", "HEAD")}
+    return said | {"torch": torch.__version__, "gpu": gpu}
 
 
 def table(out: Path) -> str:
@@ -733,9 +754,13 @@ def main() -> int:
     parser.add_argument("--row")
     parser.add_argument("--without", default="")
     parser.add_argument("--ceilings", default="")
+    parser.add_argument("--skip", type=int, default=0)
     said = parser.parse_args()
+    if said.out.suffix in (".json", ".torn"):
+        works = said.out.with_suffix(".jsonl")
+        parser.error(f"--out is {said.out}, where the summary is written; set --out to {works}")
     known = tuple(float(word) for word in said.ceilings.split(",") if word)
-    place = Place(said.dry_run, time.perf_counter() + said.seconds, known)
+    place = Place(said.dry_run, time.perf_counter() + said.seconds, known, said.skip)
     if said.row:
         return child(said.row, place, said.out, [word for word in said.without.split(",") if word])
     names = said.rows.split(",")

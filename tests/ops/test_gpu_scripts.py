@@ -37,6 +37,12 @@ def test_what_a_row_found_before_it_failed_is_kept(tmp_path, monkeypatch):
     assert "DRY what=first share=50.0%" in gpu_measure.table(out)
 
 
+def test_the_figures_and_their_summary_do_not_share_a_file(tmp_path):
+    done = script("gpu_measure.py", "--out", tmp_path / "results.json", "--dry-run", "--rows", "ceilings")
+    assert done.returncode == 2 and f"set --out to {tmp_path}/results.jsonl" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_operations_that_failed_the_check_run_in_torchs_form(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_measure
@@ -55,6 +61,42 @@ def test_operations_that_failed_the_check_run_in_torchs_form(tmp_path, monkeypat
     assert after(["scan", "ssd_step", "rms_norm"], words) == ["rms_norm", "ssd", "ssd_step"]
     assert after([], [word for word in words if word != "cross_entropy"]) == ["cross_entropy", "log_prob"], "not seen"
     assert {"ssd", "attention", "kl"} <= set(after([], [])), "a check that saw nothing trusts nothing"
+
+
+def test_a_kernel_that_breaks_its_process_costs_its_own_case_alone(tmp_path, monkeypatch):
+    """After an illegal access nothing of that process runs on the card: a new one goes on behind that case."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_check
+    import gpu_measure
+
+    def step(name, *given):
+        if name == "ssd_step":
+            raise RuntimeError("an illegal memory access was encountered")
+        return 0.0, 0.0
+
+    monkeypatch.setattr(gpu_check, "one_token", step)
+    monkeypatch.setattr(gpu_check, "alive", lambda device: False)
+    for name in ("paged", "half_state", "product", "draws"):
+        monkeypatch.setattr(gpu_check, name, lambda *given: (0.0, 0.0))
+    monkeypatch.setattr(gpu_check, "cases", lambda small, dtype: [])
+    monkeypatch.setattr(gpu_measure, "machine", lambda place: {"gpu": "none"})
+    monkeypatch.setattr(gpu_measure.gpu_floors, "floors", lambda: [])
+    given = []
+
+    def run(command, **more):
+        given.append(command)
+        skip = int(command[command.index("--skip") + 1]) if "--skip" in command else 0
+        found = gpu_check.checks(torch.device("cpu"), small=True, skip=skip)
+        for record in found:
+            gpu_measure.append(tmp_path / "r.jsonl", {"row": "check", "dry": False} | record)
+        return subprocess.CompletedProcess(command, 0 if record["ok"] else 1)
+
+    monkeypatch.setattr(gpu_measure.subprocess, "run", run)
+    assert gpu_measure.parent(["check"], gpu_measure.Place(dry=False), tmp_path / "r.jsonl", 100.0) == 1
+    seen = [r for r in gpu_measure.records(tmp_path / "r.jsonl") if "case" in r]
+    names = [r["case"] for r in seen]
+    assert len(given) == 3 and len(names) == len(set(names)) and {"mamba_step bfloat16", "draw float32"} <= set(names)
+    assert [r["case"] for r in seen if not r["ok"]] == ["ssd_step bfloat16", "ssd_step float32"]
 
 
 def test_rows_share_the_time_by_worth(monkeypatch):
@@ -91,6 +133,15 @@ def test_a_row_that_cannot_fit_is_skipped_and_said(tmp_path, monkeypatch, capsys
     assert "floor_seconds=0.5" in said and "fp8: skipped, 5 s are left and it takes 30 at least" in said
     whole = json.loads(out.with_suffix(".json").read_text())
     assert [record["row"] for record in whole["records"]] == ["fp8", "decode"] and len(whole["failed"]) == 2
+
+
+def test_a_machine_without_git_and_without_nvidia_smi_is_described(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_measure
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = gpu_measure.machine(gpu_measure.Place(dry=False))
+    assert (said["commit"], said["gpu"]) == ("unknown", "unknown") and said["torch"] == torch.__version__
 
 
 def test_the_ratios_predicted_are_those_of_plan(monkeypatch):

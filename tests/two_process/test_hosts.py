@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small import launch
 from test_launch import go, graph, losses
 
 from whimbrel.errors import UserError
 from whimbrel.model.language import LanguageModel
-from whimbrel.pipeline.hosts import Hosts
+from whimbrel.pipeline.console import Display
+from whimbrel.pipeline.hosts import Hosts, Line, digest, leading
 
 DRIVER = """
 import os, sys
@@ -185,7 +188,11 @@ def test_hosts_are_read_from_torchruns_words_or_from_slurm(words: Any, place: Ho
         ((2, 2, "a:1", {}), "--node-rank is 2; set --node-rank from 0 to 1"),
         ((2, 1, None, {}), "--rdzv-endpoint is None; set it to the name of host 0 and a port, for example node1:29400"),
         ((2, 1, "a:b", {}), "--rdzv-endpoint is a:b; set it"),
+        ((2, 0, "a:65536", {}), "--rdzv-endpoint is a:65536; set it"),
+        ((2, 0, "a:0", {}), "--rdzv-endpoint is a:0; set it"),
         ((None, None, None, {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "8"}), "--ntasks-per-node to 1"),
+        ((None, None, None, {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NODEID": "0",
+                             "MASTER_PORT": "99999"}), "--rdzv-endpoint is n1:99999; set it"),
     ],
 )  # fmt: skip
 def test_words_that_do_not_fit_are_refused(words: Any, say: str) -> None:
@@ -198,3 +205,45 @@ def test_processes_that_hosts_cannot_share_are_refused() -> None:
         Hosts(3, 0, "a").check(graph({"data": 4}))
     Hosts(2, 1, "a").check(graph({"data": 4}))
     Hosts(2, 1, "a").check(graph({}))
+
+
+def test_ranks_wait_as_long_as_one_works_alone() -> None:
+    """Encoding a large set of conversations, for example, which takes longer than torch's half an hour."""
+    launch("wait.py", 2, timeout=60)
+
+
+def test_a_host_that_went_away_before_all_had_come_may_come_again(tmp_path: Path) -> None:
+    """And what no host says is a stranger's: it neither ends the run nor counts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        hosts = Hosts(3, 0, "127.0.0.1", free.getsockname()[1])
+    recipe = graph({"data": 2})
+    met = list[int]()
+
+    def lead() -> None:
+        with leading(hosts, recipe, tmp_path, Display()) as leader:
+            met.extend(sorted(leader.others))
+
+    def call(word: Any) -> Line:
+        while True:
+            with suppress(ConnectionRefusedError):
+                line = Line(socket.create_connection(("127.0.0.1", hosts.port)))
+                line.socket.sendall(json.dumps(word).encode() + b"\n")
+                return line
+
+    def come(host: int) -> Line:
+        line = call({"host": host, "recipe": digest(recipe)})
+        assert "token" in (line.hear(30.0) or {})
+        line.say({"ended": None})
+        return line
+
+    thread = threading.Thread(target=lead, daemon=True)
+    thread.start()
+    for stranger in (5, {"host": "one"}, {"host": 1}):
+        call(stranger).close()
+    come(1).close()
+    both = [come(1), come(2)]
+    thread.join(30.0)
+    assert met == [1, 2] and [line.hear(5.0) for line in both] == [{"over": None}] * 2
+    for line in both:
+        line.close()

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,6 +110,8 @@ class Share:
 
     def __init__(self, axes: Axes, device: torch.device, mesh: DeviceMesh | None = None) -> None:
         self.axes, self.device, self.mesh = axes, device, mesh
+        # What one rank does alone may take hours: those that wait for it are not torch's half an hour patient.
+        self._patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30)) if mesh else None
         self.place = {name: mesh.get_local_rank(name) if mesh else 0 for name in asdict(axes)}
 
     @classmethod
@@ -186,7 +189,7 @@ class Share:
         """What the first rank has, on all."""
         box: list[Any] = [value]
         if self.mesh is not None:
-            distributed.broadcast_object_list(box, src=0)
+            distributed.broadcast_object_list(box, src=0, group=self._patient)
         return box[0]
 
     def collect(self, value: T) -> list[T]:

@@ -63,7 +63,7 @@ class Hosts:
         if rank is None or not 0 <= rank < nodes:
             raise UserError(f"--node-rank is {rank}; set --node-rank from 0 to {nodes - 1}, another one on each host")
         address, _, port = (endpoint or "").rpartition(":") if ":" in (endpoint or "") else (endpoint or "", "", "")
-        if not address or not (port or str(PORT)).isdigit():
+        if not address or not (port or str(PORT)).isdecimal() or not 0 < int(port or PORT) < 1 << 16:
             raise UserError(
                 f"--rdzv-endpoint is {endpoint}; set it to the name of host 0 and a port, for example node1:{PORT}"
             )
@@ -80,7 +80,8 @@ class Hosts:
             )
         first = re.match(r"([^\[,]*)(?:\[([^],-]+)[^]]*\]([^,\[]*))?", environment["SLURM_STEP_NODELIST"])
         address = "".join(part or "" for part in first.groups()) if first else ""
-        return cls(nodes, int(environment["SLURM_NODEID"]), address, int(environment.get("MASTER_PORT", PORT)))
+        endpoint = f"{address}:{environment.get('MASTER_PORT', PORT)}"
+        return cls.of(nodes, int(environment["SLURM_NODEID"]), endpoint, {})
 
     def check(self, recipe: Recipe) -> None:
         """Raise `UserError` where the processes of a stage cannot be shared evenly."""
@@ -106,7 +107,7 @@ class Line:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        with suppress(OSError, ValueError), self.socket.makefile(encoding="utf-8") as lines:
+        with suppress(OSError, ValueError, TypeError), self.socket.makefile(encoding="utf-8") as lines:
             for line in lines:
                 word = dict(json.loads(line))
                 if word.get("ended") or "over" in word:
@@ -234,7 +235,7 @@ def _gather(hosts: Hosts, recipe: str, token: str, others: dict[int, Line], disp
     deadline = time.monotonic() + PATIENCE
     with door:
         door.settimeout(0.5)
-        while missing := [host for host in range(1, hosts.nodes) if host not in others]:
+        while missing := [n for n in range(1, hosts.nodes) if n not in others or others[n].bad.is_set()]:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"host {missing[0]} did not come within {PATIENCE:.0f} s; start the same command there, with "
@@ -243,9 +244,11 @@ def _gather(hosts: Hosts, recipe: str, token: str, others: dict[int, Line], disp
             with suppress(TimeoutError):
                 line = Line(door.accept()[0])
                 word = line.hear(10.0) or {}
-                if "host" not in word:
+                if not isinstance(word.get("host"), int) or "recipe" not in word:
                     line.close()  # a stranger
                     continue
+                for gone in [host for host, other in others.items() if other.bad.is_set()]:
+                    others.pop(gone).close()  # it may come again
                 wrong = _wrong(word, hosts, recipe, others)
                 if not wrong:
                     line.say({"token": token})

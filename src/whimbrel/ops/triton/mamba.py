@@ -24,7 +24,8 @@ from whimbrel.ops.triton.step import _softplus, _to_half, ssd_step
 WIDEST = 16384
 """Channels of a group at most: its mean square is taken in registers."""
 _counters: dict[tuple[torch.device, int], Tensor] = {}
-"""Device and size -> counters of programs that are done, all zero between launches; recorded graphs hold on to them."""
+"""Device and size -> counters of programs that are done, all zero between launches; recorded graphs hold on to them. All
+launches share them, so those of two streams must not run side by side (nothing here uses two)."""
 
 
 @triton.jit
