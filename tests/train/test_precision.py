@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from whimbrel import ops
 from whimbrel.errors import UserError
 from whimbrel.model import LanguageModel, ModelConfig
 from whimbrel.ops.fp8 import E4M3, E5M2, Scaled, check_layout, product, quantise
@@ -127,6 +128,34 @@ def test_a_hybrid_learns_in_fp8_as_without(recipe):
     assert end < 0.5 * start
     assert abs(losses[recipe][-1] - end) < 0.1 * (start - end)
     assert losses[recipe] != losses["none"], "nothing ran in FP8"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_square_that_is_rounded_as_it_is_computed_is_that_square(recipe):
+    """Values and gradients of down_proj(relu(x)^2), and nothing but x and the weight is kept for them."""
+    x, weight, up = normal(50, 256), normal(144, 256, seed=1), normal(50, 144, seed=2)
+    kept, found = [], []
+    for squared in (True, False):
+        leaves = [v.clone().requires_grad_() for v in (x, weight)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.shape) or v, lambda v: v):
+            y = precision.linear(leaves[0] if squared else ops.relu2(leaves[0]), leaves[1], None, recipe, squared)
+        if squared:
+            assert kept == [x.shape, weight.shape]
+        y.backward(up)
+        found.append([y, *(v.grad for v in leaves)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_squares_of_an_mlp_are_rounded_as_they_are_computed_and_given_back(monkeypatch):
+    model, seen = small(), []
+    linear = precision.linear
+    monkeypatch.setattr(precision, "linear", lambda *row: seen.append(row[-1]) or linear(*row))
+    with converted(model, Fp8("blockwise", ends=1)) as layers:
+        model(torch.arange(20)[None])
+    squares = [name for name in layers if name.endswith("down_proj")]
+    assert seen.count(True) == len(squares) > 0 and seen.count(False) == len(layers) - len(squares)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_layers_of_odd_sides_and_packed_ones_stay_as_they_are():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from whimbrel import ops
 from whimbrel.errors import UserError, nearest
 from whimbrel.model.linear import Linear
+from whimbrel.model.mlp import MLP
 from whimbrel.ops.fp8 import BLOCK, E5M2, Scaled, product, quantise
 
 RECIPES = ("none", "tensorwise", "rowwise", "blockwise")
@@ -48,11 +49,11 @@ class Fp8:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, recipe: str) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, recipe: str, squared: bool) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI)
-        ctx.recipe = recipe
+        ctx.recipe, ctx.squared = recipe, squared
         left, right = {"tensorwise": ("tensor", "tensor"), "rowwise": ("row", "row")}.get(recipe, ("block", "square"))
-        return product(quantise(x_TI, left), quantise(weight_OI, right), x_TI.dtype)
+        return product(quantise(x_TI, left, squared=squared), quantise(weight_OI, right), x_TI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,15 +61,23 @@ class _Linear(torch.autograd.Function):
         recipe, dy_TO = ctx.recipe, gradients[0].contiguous()
         if recipe == "tensorwise":
             # One scale for all: the transposed operands are the same codes the other way round.
-            dy, weight, x = quantise(dy_TO, "tensor", E5M2), quantise(weight_OI, "tensor"), quantise(x_TI, "tensor")
+            dy, weight = quantise(dy_TO, "tensor", E5M2), quantise(weight_OI, "tensor")
+            x = quantise(x_TI, "tensor", squared=ctx.squared)
             dx_TI = product(dy, _turned(weight), x_TI.dtype)
             dweight_OI = product(_turned(dy), _turned(x), weight_OI.dtype)
-            return dx_TI, dweight_OI, None
+            return _slope(dx_TI, x_TI, ctx.squared), dweight_OI, None, None
         left, right = ("row", "row") if recipe == "rowwise" else ("block", "square")
-        weight_IO, dy_OT, x_IT = (v.t().contiguous() for v in (weight_OI, dy_TO, _filled(x_TI)))
+        open_TI = ops.relu2(x_TI) if ctx.squared else x_TI
+        weight_IO, dy_OT, x_IT = (v.t().contiguous() for v in (weight_OI, dy_TO, _filled(open_TI)))
         dx_TI = product(quantise(dy_TO, left), quantise(weight_IO, right), x_TI.dtype)
         dy_OT = F.pad(dy_OT, (0, x_IT.shape[1] - dy_OT.shape[1]))
-        return dx_TI, product(quantise(dy_OT, left), quantise(x_IT, left), weight_OI.dtype), None
+        dweight_OI = product(quantise(dy_OT, left), quantise(x_IT, left), weight_OI.dtype)
+        return _slope(dx_TI, x_TI, ctx.squared), dweight_OI, None, None
+
+
+def _slope(dx_TI: Tensor, x_TI: Tensor, squared: bool) -> Tensor:
+    """The gradient of x where max(x, 0)^2 was multiplied."""
+    return dx_TI.mul_(F.relu(x_TI).mul_(2)) if squared else dx_TI
 
 
 def _turned(v: Scaled) -> Scaled:
@@ -81,13 +90,16 @@ def _filled(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[0] % 16)) if x.shape[0] % 16 else x
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, recipe: str) -> Tensor:
-    """x Wᵀ + bias with products in FP8, forward and backward. Under autocast in its dtype, else in that of x."""
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, recipe: str, squared: bool = False) -> Tensor:
+    """x Wᵀ + bias with products in FP8, forward and backward. Under autocast in its dtype, else in that of x.
+
+    `squared`: of max(x, 0)^2, rounded as it is computed; x alone is kept for the gradient.
+    """
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)
         x_TI, weight_OI = x_TI.to(dtype), weight_OI.to(dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
-    y_TO = _Linear.apply(x_TI.contiguous(), weight_OI.contiguous(), recipe)
+    y_TO = _Linear.apply(x_TI.contiguous(), weight_OI.contiguous(), recipe, squared)
     return y_TO if bias_O is None else y_TO + bias_O
 
 
@@ -119,19 +131,33 @@ def converted(model: Any, settings: Fp8) -> Iterator[list[str]]:
             f"train.fp8.recipe is {settings.recipe!r}, but no layer between the first and last {settings.ends} has "
             f"sides of at least {BLOCK} that are multiples of 16; set train.fp8.recipe to none, or train.fp8.ends lower"
         )
+    mlps = [mlp for mlp in model.modules() if isinstance(mlp, MLP) and not mlp.gated]
+    squared = [mlp for mlp in mlps if any(mlp.down_proj is module for module in layers.values())]
     for module in layers.values():
-        module.forward = _forward(module, settings.recipe)  # type: ignore[method-assign]
+        own = any(module is mlp.down_proj for mlp in squared)
+        module.forward = _forward(module, settings.recipe, own)  # type: ignore[method-assign]
+    for mlp in squared:
+        mlp.forward = _through(mlp)  # type: ignore[method-assign]
     try:
         yield list(layers)
     finally:
-        for module in layers.values():
-            del module.forward
+        for changed in (*layers.values(), *squared):
+            del changed.forward
 
 
-def _forward(module: nn.Linear, recipe: str) -> Any:
+def _forward(module: nn.Linear, recipe: str, squared: bool) -> Any:
     def forward(x_TI: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return ops.linear(x_TI, module.weight, module.bias)
-        return linear(x_TI, module.weight, module.bias, recipe)
+            return ops.linear(ops.relu2(x_TI) if squared else x_TI, module.weight, module.bias)
+        return linear(x_TI, module.weight, module.bias, recipe, squared)
+
+    return forward
+
+
+def _through(mlp: MLP) -> Any:
+    """`down_proj` takes what `up_proj` gives, and squares it while it rounds it."""
+
+    def forward(x_TD: Tensor, *_: Any) -> Tensor:
+        return mlp.down_proj(mlp.up_proj(x_TD))
 
     return forward
