@@ -83,12 +83,13 @@ class _Mamba(torch.autograd.Function):
         call("conv_backward", described, pointwise.ConvGradients(*found, dz_TK.stride(0)))
 
         open_TH = dt_raw_TH + dt_bias_H
-        torch.mul(ddt_TH, torch.sigmoid(open_TH), out=ddt_raw_TH)
         if limit != (0.0, float("inf")):
             free_TH = F.softplus(open_TH)
-            ddt_raw_TH.masked_fill_((free_TH < limit[0]) | (free_TH > limit[1]), 0)
+            ddt_TH.masked_fill_((free_TH < limit[0]) | (free_TH > limit[1]), 0)
+        dopen_TH = torch.ops.aten.softplus_backward(ddt_TH, open_TH, 1, 20)
+        ddt_raw_TH.copy_(dopen_TH)
         bias = None if conv_bias_I is None else dbias_I
-        own = (dz_TK, dweight_WI.t(), bias, ddt_raw_TH.sum(0), da.sum(0), dd.sum(0), dnorm.sum(0))
+        own = (dz_TK, dweight_WI.t(), bias, dopen_TH.sum(0), da.sum(0), dd.sum(0), dnorm.sum(0))
         return *own, None, None, None, None, None
 
 
