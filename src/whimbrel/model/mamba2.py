@@ -16,6 +16,7 @@ from whimbrel.model.config import ModelConfig
 from whimbrel.model.layout import ALONE, Layout
 from whimbrel.model.linear import Linear
 from whimbrel.model.state import State
+from whimbrel.ops.torch import mamba
 
 
 class Mamba2(nn.Module):
@@ -50,28 +51,17 @@ class Mamba2(nn.Module):
             assert state is not None, "sequences decode only with a state"
             parts.append(self._step(z_TK[:count], layout, state, layer))
         if layout.segments.tokens > count:
-            widths = [config.mamba_inner, config.conv_channels, config.mamba_num_heads]
-            gate_TD, xbc_TI, dt_TH = z_TK[count:].split(widths, dim=-1)
+            gate_TD, xbc_TI, dt_TH = mamba.parts(z_TK[count:], self.conv_weight, self.norm_weight)
             dt_TH = ops.step_size(dt_TH, self.dt_bias, config.time_step_limit)
             y_TD = self._scan(xbc_TI, dt_TH, layout, state, layer)
             parts.append(ops.gated_norm(y_TD, gate_TD, self.norm_weight, config.n_groups, config.norm_eps))
         return self.out_proj(torch.cat(parts) if len(parts) > 1 else parts[0])
 
     def _weights(self) -> tuple[Tensor | None, ...]:
-        bias = (self.conv_bias, self.dt_bias)
-        return self.conv_weight, *bias, -self.A_log.exp(), self.D, self.norm_weight
+        return self.conv_weight, self.conv_bias, self.dt_bias, -self.A_log.exp(), self.D, self.norm_weight
 
     def _settings(self) -> tuple[int, float, tuple[float, float]]:
         return self.config.n_groups, self.config.norm_eps, self.config.time_step_limit
-
-    def _split(self, xbc_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x_THP, b_TGN, c_TGN."""
-        config = self.config
-        shared = config.n_groups * config.ssm_state_size
-        x_TD, b_TD, c_TD = xbc_TI.split([config.mamba_inner, shared, shared], dim=-1)
-        x_THP = x_TD.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
-        b_TGN, c_TGN = (v.unflatten(-1, (config.n_groups, config.ssm_state_size)) for v in (b_TD, c_TD))
-        return x_THP, b_TGN, c_TGN
 
     def _step(self, z_SK: Tensor, layout: Layout, state: State, layer: int) -> Tensor:
         assert layout.slots is not None
@@ -101,7 +91,7 @@ class Mamba2(nn.Module):
         else:
             tail = layout.exchange.halo(xbc_TI, self.config.conv_kernel - 1, rest.count)
         xbc_TI, tail = ops.conv(xbc_TI, self.conv_weight, self.conv_bias, rest, tail)
-        x_THP, b_TGN, c_TGN = self._split(xbc_TI)
+        x_THP, b_TGN, c_TGN = mamba.heads(xbc_TI, len(self.A_log), len(self.norm_weight), self.config.n_groups)
         a_H = -self.A_log.exp()
         if state is None:
             initial = layout.exchange.state(x_THP, dt_TH, a_H, b_TGN, rest.count)

@@ -131,11 +131,10 @@ def converted(model: Any, settings: Fp8) -> Iterator[list[str]]:
             f"train.fp8.recipe is {settings.recipe!r}, but no layer between the first and last {settings.ends} has "
             f"sides of at least {BLOCK} that are multiples of 16; set train.fp8.recipe to none, or train.fp8.ends lower"
         )
-    mlps = [mlp for mlp in model.modules() if isinstance(mlp, MLP) and not mlp.gated]
-    squared = [mlp for mlp in mlps if any(mlp.down_proj is module for module in layers.values())]
+    open_to = {mlp.down_proj: mlp for mlp in model.modules() if isinstance(mlp, MLP) and not mlp.gated}
+    squared = [open_to[module] for module in layers.values() if module in open_to]
     for module in layers.values():
-        own = any(module is mlp.down_proj for mlp in squared)
-        module.forward = _forward(module, settings.recipe, own)  # type: ignore[method-assign]
+        module.forward = _forward(module, settings.recipe, module in open_to)  # type: ignore[method-assign]
     for mlp in squared:
         mlp.forward = _through(mlp)  # type: ignore[method-assign]
     try:
