@@ -287,8 +287,8 @@ def listed(device: torch.device, small: bool = False) -> Iterator[tuple[str, Cal
         if dtype == torch.bfloat16:
             yield "draw float32", partial(draws, device)
         yield f"ssd_step {word}, float16 state", partial(half_state, device, dtype)
-        for bits in (8, 4):  # one row, some, and more than the kernel takes
-            for rows in (1, 40, 70):
+        for bits in (8, 4):  # one row, some, many, and more than a kernel takes
+            for rows in (1, 40, 70, 300) if dtype == torch.bfloat16 else (1, 40, 70):
                 yield f"linear {word}, int{bits} x {rows}", partial(product, device, dtype, bits, rows, small)
 
 
