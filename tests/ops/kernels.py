@@ -1,5 +1,6 @@
 """What the tests of Triton kernels share: the interpreter, or a GPU, and comparisons with float64."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,9 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def mend_interpreter():
-    """Three faults of triton 3.6: it makes indices of arrays of one element by int(), which numpy 2.4 refuses; it
-    multiplies bfloat16 matrices by the whole numbers that stand for them; rounding to FP8 loses carries.
+    """Four faults of triton 3.6: it makes indices of arrays of one element by int(), which numpy 2.4 refuses; it
+    multiplies bfloat16 matrices by the whole numbers that stand for them; rounding to FP8 loses carries; float32 is cut
+    off to bfloat16, where a GPU rounds to the nearest.
     """
     from triton.runtime import interpreter
 
@@ -31,6 +33,15 @@ def mend_interpreter():
         codes = torch.from_numpy(src.data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return interpreter.TensorHandle(codes, kind.scalar)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def to_bfloat16(builder, src, kind):
+        if src.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return cast(builder, src, kind)
+        codes = torch.from_numpy(np.array(src.data, np.float32)).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(codes, kind.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = to_bfloat16
     interpreter.InterpreterBuilder.create_fp_to_fp = to_fp8
     interpreter._patch_lang_tensor = patch
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(self, a), wide(self, b), *rest)
