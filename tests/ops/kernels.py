@@ -78,10 +78,10 @@ def gap(got, expected):
     return ((got - expected).abs().max() / expected.abs().max().clamp(min=0.1)).item()
 
 
-def compare(kernel, true, leaves, dtype=torch.float32, most=2e-5, seed=0, kept=()):
+def compare(kernel, true, leaves, dtype=torch.float32, most=2e-5, seed=0, kept=(), noisy=()):
     """A kernel in `dtype` against the definition in float64 on the same rounded inputs; leaves `kept` stay float32.
 
-    `most`: the largest gap of an output or gradient.
+    `most`: the largest gap of an output or gradient; twice that of the gradients of leaves `noisy`.
     """
     kinds = [torch.float32 if place in kept else dtype for place in range(len(leaves))]
     low = [v if v is None or not v.is_floating_point() else v.to(kind) for v, kind in zip(leaves, kinds, strict=True)]
@@ -100,4 +100,4 @@ def compare(kernel, true, leaves, dtype=torch.float32, most=2e-5, seed=0, kept=(
     for place, (y, e) in enumerate(zip(outputs, expected, strict=True)):
         assert gap(y, e) < most, f"output {place}"
     for place, (y, e) in enumerate(zip(gradients, expected_gradients, strict=True)):
-        assert gap(y, e) < most, f"gradient {place}"
+        assert gap(y, e) < most * (1 + (place in noisy)), f"gradient {place}"
