@@ -18,7 +18,7 @@ import torch
 
 from whimbrel.engine.answer import Answer, Chunk
 from whimbrel.engine.graphs import DecodeGraphs
-from whimbrel.engine.memory import check_state_dtype, default_kv_tokens
+from whimbrel.engine.memory import SHARE, Room, check_state_dtype, free_memory, sizes
 from whimbrel.engine.pool import Pool
 from whimbrel.engine.prompt import Prompt, read_prompt
 from whimbrel.engine.sampler import LogProb, on_device, sample, top_log_probs
@@ -45,9 +45,9 @@ class Engine:
     """Runs a model for many requests at once. Nothing is allocated before `start()` (called by the first request if
     need be).
 
-    `max_sequences` run at once; `kv_tokens` tokens of keys and values for all of them (None: what the free memory
-    allows, at most `max_sequences` full contexts) in blocks of `block_size`; `prefill_tokens` tokens of prompts in one
-    step. `state_dtype`: float32, or float16, rounded at random (docs/gpu.md).
+    `max_sequences` run at once; `kv_tokens` tokens of keys and values for all of them in blocks of `block_size`;
+    `prefill_tokens` tokens of prompts in one step. None: what `memory` bytes hold, or the free memory if that is None
+    too (docs/engine.md). `state_dtype`: float32, or float16, rounded at random (docs/gpu.md).
     """
 
     def __init__(
@@ -55,16 +55,17 @@ class Engine:
         model: LanguageModel,
         tokenizer: Tokenizer,
         *,
-        max_sequences: int = 16,
+        max_sequences: int | None = None,
         kv_tokens: int | None = None,
         block_size: int = 16,
         prefill_tokens: int = 512,
         state_dtype: str = "float32",
+        memory: int | None = None,
         report: Report = warn,
     ) -> None:
-        sizes = {"max_sequences": max_sequences, "block_size": block_size, "prefill_tokens": prefill_tokens}
-        for name, value in (sizes if kv_tokens is None else sizes | {"kv_tokens": kv_tokens}).items():
-            if value < 1:
+        given = {"max_sequences": max_sequences, "block_size": block_size, "prefill_tokens": prefill_tokens}
+        for name, value in (given | {"kv_tokens": kv_tokens, "memory": memory}).items():
+            if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1; set {name} to 16")
         self.state_dtype = check_state_dtype(state_dtype)
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -76,7 +77,7 @@ class Engine:
             words = f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
             report({"event": "warning", "text": f"{words}; ids without text are left out: is it this model's own?"})
         self.model, self.tokenizer, self.report = model, tokenizer, report
-        self.max_sequences, self.kv_tokens = max_sequences, kv_tokens
+        self._asked, self.kv_tokens, self.memory = max_sequences, kv_tokens, memory
         self.block_size, self.prefill_tokens = block_size, prefill_tokens
         self.device, self.dtype = model.device, model.dtype
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
@@ -93,14 +94,24 @@ class Engine:
         self._running()
         return self
 
+    def sizes(self) -> tuple[int, int]:
+        """Sequences, and tokens of keys and values, that `start` makes room for; `UserError` where not one fits."""
+        memory = self.memory or int(free_memory(self.device) * SHARE.get(self.device.type, 0.5))
+        name = str(self.dtype).removeprefix("torch.")
+        room = Room(self.model.config, memory, name, self.state_dtype, self.block_size, self.prefill_tokens)
+        return sizes(room, self._asked, self.kv_tokens, self.device, self.memory is not None)
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that run at once: those asked for, or those that the memory holds, which is taken to know."""
+        return self._asked or self._running().pool.slots
+
     def _running(self) -> Scheduler:
         if self._scheduler is None:
-            kv_tokens = self.kv_tokens or default_kv_tokens(
-                self.model.config, self.max_sequences, self.block_size, self.dtype, self.device, self.state_dtype
-            )
+            sequences, kv_tokens = self.sizes()
             pool = Pool(
                 self.model.config,
-                slots=self.max_sequences,
+                slots=sequences,
                 kv_tokens=kv_tokens,
                 block_size=self.block_size,
                 dtype=self.dtype,
