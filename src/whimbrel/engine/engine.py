@@ -21,7 +21,7 @@ from whimbrel.engine.graphs import DecodeGraphs
 from whimbrel.engine.memory import SHARE, Room, check_state_dtype, free_memory, sizes
 from whimbrel.engine.pool import Pool
 from whimbrel.engine.prompt import Prompt, read_prompt
-from whimbrel.engine.sampler import LogProb, on_device, sample, top_log_probs
+from whimbrel.engine.sampler import CANDIDATES, LogProb, pick, sample, top_log_probs
 from whimbrel.engine.sampling import Sampling
 from whimbrel.engine.scheduler import Scheduler, Work
 from whimbrel.engine.score import score_pairs
@@ -31,6 +31,7 @@ from whimbrel.errors import UserError
 from whimbrel.events import Report
 from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
+from whimbrel.ops.segments import put
 from whimbrel.text.thinking import CLOSE
 from whimbrel.text.tokenizer import Tokenizer
 
@@ -146,6 +147,7 @@ class Engine:
                 index=index,
                 sample=number,
             )
+            sequence.wide = sampling.temperature != 0 and CANDIDATES < sampling.top_k < self.model.config.vocab_size
             scheduler.add(sequence)
             sequences.append(sequence)
         return sequences
@@ -190,19 +192,21 @@ class Engine:
             [sequence.cached for sequence, _ in work],
             slots=slots_S,
             block_table=block_table,
-            rows=None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64, device=self.device),
+            rows=None if len(rows) == len(tokens) else put(rows, self.device),
             device=self.device,
         )
-        hidden_SD = self.model(torch.tensor(tokens, device=self.device), layout, pool.state)
+        hidden_SD = self.model(put(tokens, self.device), layout, pool.state)
         for sequence, count in work:
             sequence.cached += count
         if due:
-            self._choose(self.model.head(hidden_SD), due)
+            logits_SV = self.model.head(hidden_SD)
+            self._append(logits_SV, due, sample(logits_SV, pool.draws(due)))
         return due
 
     def _decode(self, running: list[Sequence], graphs: DecodeGraphs) -> list[Sequence]:
         """One more token of each running answer, on a GPU: nothing waits for the device but the ids themselves."""
-        draws = [sequence.draw(self.model.config.vocab_size, self.device) for sequence in running]
+        running = sorted(running, key=lambda sequence: not sequence.wide)
+        draws = graphs.pool.draws(running, computed=True)
         logits_SV, ids_S = graphs.step(running, draws)
         for sequence in running:
             sequence.cached += 1
@@ -210,26 +214,25 @@ class Engine:
         if not rows:
             return []
         ids = ids_S.tolist()
-        left = [row for row in rows if ids[row] < 0 or not on_device(draws[row])]
-        for row, token in zip(left, sample(logits_SV[left], [draws[row] for row in left]) if left else [], strict=True):
-            ids[row] = token
+        for row in (row for row in rows if ids[row] < 0):
+            running[row].wide = True  # from now on it is ordered where it is drawn
+            (ids[row],) = sample(logits_SV[row : row + 1], [draws[row]._replace(wide=True)])
         due = [running[row] for row in rows]
-        self._choose(logits_SV if len(rows) == len(running) else logits_SV[rows], due, [ids[row] for row in rows])
+        self._append(pick(logits_SV, rows), due, [ids[row] for row in rows])
         return due
 
-    def _choose(self, logits_SV: torch.Tensor, due: list[Sequence], tokens: list[int] | None = None) -> None:
-        """Append a token to each sequence: `tokens`, if they are known, else one drawn from its row."""
-        if tokens is None:
-            tokens = sample(logits_SV, [sequence.draw(logits_SV.shape[-1], self.device) for sequence in due])
+    def _append(self, logits_SV: torch.Tensor, due: list[Sequence], tokens: list[int]) -> None:
+        """Append a token to each sequence: the one drawn from its row, or the one that must come."""
         for row, sequence in enumerate(due):
             forced = sequence.next_forced()
             tokens[row] = tokens[row] if forced is None else forced
         asked = [row for row, sequence in enumerate(due) if sequence.sampling.logprobs is not None]
         logprobs: dict[int, LogProb] = {}
         if asked:
-            rows_SV = logits_SV if len(asked) == len(due) else logits_SV[asked]
             counts = [due[row].sampling.logprobs or 0 for row in asked]
-            logprobs = dict(zip(asked, top_log_probs(rows_SV, [tokens[row] for row in asked], counts), strict=True))
+            logprobs = dict(
+                zip(asked, top_log_probs(pick(logits_SV, asked), [tokens[row] for row in asked], counts), strict=True)
+            )
         for row, sequence in enumerate(due):
             sequence.append(tokens[row], self._ends, logprobs.get(row))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.positions import rotation
-from whimbrel.ops.segments import Segments
+from whimbrel.ops.segments import Segments, put
 
 
 class Exchange:
@@ -86,7 +86,7 @@ class Layout:
         segments = Segments.of(lengths, device=device)
         past = tuple(past) if past is not None else (0,) * len(segments.lengths)
         assert len(past) == len(segments.lengths), "one past for each sequence"
-        offset_S = torch.tensor(past, dtype=torch.int64, device=device) - segments.starts[:-1]
+        offset_S = put(past, device) - segments.starts[:-1]
         positions_T = torch.arange(segments.tokens, device=device) + offset_S[segments.sequence_T]
         decodes = 0
         if slots is not None:
