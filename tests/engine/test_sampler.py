@@ -99,7 +99,8 @@ def test_draws_on_the_device_are_those_of_the_host():
     seen = torch.rand(900, 3000, generator=torch.Generator().manual_seed(5)) < 0.4
     settings = [mixed[row % len(mixed)] for row in range(900)]
     draws = [Draw(s, row, 0, row, seen[row] if s.repetition_penalty != 1 else None) for row, s in enumerate(settings)]
-    assert kinds(draws) == (True, True, True, 0) and kinds([draws[8]._replace(wide=True)]) == (False, True, False, 1)
+    assert kinds(draws) == (True, True, True, True, True, 0)
+    assert kinds([draws[8]._replace(wide=True)]) == (False, True, False, False, False, 1)
     mine, true = draw(logits, numbers(draws), kinds(draws), seen).tolist(), sample(logits, draws)
     before = sample(logits, [d._replace(sampling=replace(d.sampling, repetition_penalty=1.0)) for d in draws])
     assert sum(a != b for a, b in zip(before, true, strict=True)) > 100, "a penalty changes what is drawn"

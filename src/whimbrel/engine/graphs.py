@@ -81,7 +81,8 @@ class _Step:
         if self.kind.penalised and seen is not None:
             seen.view(-1).index_fill_(0, self.here[1] * seen.shape[1] + self.here[0], True)
             seen_SV = seen.index_select(0, self.here[1])
-        return logits_SV, draw(logits_SV, self.here[3:].view(torch.float64), self.kind, seen_SV)
+        settings_6S = None if self.kind.plain else self.here[3:].view(torch.float64)
+        return logits_SV, draw(logits_SV, settings_6S, self.kind, seen_SV)
 
     def run(self, tokens: Rows[int], slots: Rows[int], past: Rows[int], draws: Rows[Draw]) -> tuple[Tensor, Tensor]:
         """Logits [S, V] and the ids [S] drawn for these sequences, valid until the next step."""
@@ -90,7 +91,7 @@ class _Step:
             self.copied.synchronize()  # of the step before: long over, unless nobody waited for its ids
         self.sent[1], self.sent[2] = self.pool.slots, 0
         self.sent[:3, :count] = torch.tensor([list(tokens), list(slots), list(past)])
-        if any(self.kind):
+        if not self.kind.plain:
             self.sent[3:, :count] = numbers(draws).view(torch.int64)
         self.here.copy_(self.sent, non_blocking=True)
         if self.graph is None:
@@ -120,7 +121,11 @@ class DecodeGraphs:
         blocks = max((len(sequence.blocks) for sequence in sequences), default=0)
         batch, kind = bucket(len(sequences), 1, self.pool.slots), kinds(draws)
         ordered = bucket(kind.ordered, 1, batch) if kind.ordered else 0
-        key = batch, bucket(blocks, LEAST_BLOCKS, self.pool.table.shape[1]), kind._replace(ordered=ordered)
+        key = (
+            batch,
+            bucket(blocks, LEAST_BLOCKS, self.pool.table.shape[1]),
+            kind._replace(ordered=ordered, greedy=True, floored=True),
+        )
         if key not in self._steps:
             self._steps[key] = _Step(self.model, self.pool, *key, self._memory)
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]

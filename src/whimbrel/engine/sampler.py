@@ -44,8 +44,18 @@ class Kinds(NamedTuple):
     truncated: bool
     """Is one drawn after top_k or top_p?"""
     penalised: bool = False
+    greedy: bool = True
+    floored: bool = True
+    """Has a row of the whole vocabulary a min_p?"""
     ordered: int = 0
-    """So many rows, the first ones, may have all V ordered; a row beyond them that would need it is not drawn."""
+    """So many rows, the first ones, may have all V ordered; a row beyond them that would need it is not drawn. -1: any
+    row, and the host looks which.
+    """
+
+    @property
+    def plain(self) -> bool:
+        """Is it the likeliest that is taken, and nothing else?"""
+        return not (self.whole or self.truncated or self.penalised)
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
@@ -81,9 +91,9 @@ def sample(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     tokens = [0] * len(draws)
     for rows in groups.values():
         mine, part_SV = [draws[row] for row in rows], pick(logits_SV, rows)
-        kind = kinds(mine)
-        seen_SV = _seen(part_SV, mine) if kind.penalised else None
-        ids = draw(part_SV, put(numbers(mine), part_SV.device, torch.float64), kind, seen_SV).tolist()
+        kind = kinds(mine) if logits_SV.is_cuda else kinds(mine)._replace(ordered=-1)
+        settings_6S = None if kind.plain else put(numbers(mine), part_SV.device, torch.float64)
+        ids = draw(part_SV, settings_6S, kind, _seen(part_SV, mine) if kind.penalised else None).tolist()
         left = [place for place, token in enumerate(ids) if token < 0]
         if left:
             more = sample(pick(part_SV, left), [mine[place]._replace(wide=True) for place in left])
@@ -134,35 +144,38 @@ def numbers(draws: Rows[Draw]) -> Tensor:
 
 def kinds(draws: Rows[Draw]) -> Kinds:
     """What these rows need."""
-    hot = [_truncates(draw.sampling) for draw in draws if draw.sampling.temperature != 0]
-    penalised = any(draw.sampling.repetition_penalty != 1.0 for draw in draws)
-    return Kinds(not all(hot), any(hot), penalised, sum(draw.wide for draw in draws))
+    said = [draw.sampling for draw in draws]
+    hot = [_truncates(s) for s in said if s.temperature != 0]
+    penalised, floored = any(s.repetition_penalty != 1.0 for s in said), any(s.min_p for s in said)
+    return Kinds(not all(hot), any(hot), penalised, len(hot) < len(said), floored, sum(draw.wide for draw in draws))
 
 
-def draw(logits_SV: Tensor, settings_6S: Tensor, kind: Kinds, seen_SV: Tensor | None = None) -> Tensor:
+def draw(logits_SV: Tensor, settings_6S: Tensor | None, kind: Kinds, seen_SV: Tensor | None = None) -> Tensor:
     """[S] ids, without a word to the host: -1 where all V had to be ordered and `kind` does not allow it.
 
-    seen_SV: bool, the ids that the penalty of a row looks at; only if there is one.
+    settings_6S: as `numbers` says, unless the kind is plain. seen_SV: bool, the ids that a row's penalty looks at.
     """
+    if settings_6S is None:
+        return logits_SV.argmax(-1)
     temperature_S1, top_p_S1, limit_S1, min_p_S1, share_S1, penalty_S1 = _columns(settings_6S)
     if seen_SV is not None:
         logits_SV = _penalise(logits_SV, seen_SV, penalty_S1)
-    best_S = logits_SV.argmax(-1)
     if not kind.whole and not kind.truncated:
-        return best_S
+        return logits_SV.argmax(-1)
     probs_SV = _probabilities(logits_SV, torch.where(temperature_S1 == 0, 1.0, temperature_S1))
-    ids_S = _uncut(probs_SV, min_p_S1, share_S1) if kind.whole else best_S
+    ids_S = _uncut(probs_SV, min_p_S1 if kind.floored else None, share_S1) if kind.whole else None
     if kind.truncated:
         top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], CANDIDATES))
         enough_S = _suffice(top_SW, probs_SV.shape[-1], settings_6S)
         cut_S = torch.where(enough_S, _cut(top_SW, ids_SW, probs_SV.shape[-1], settings_6S), -1)
         if kind.ordered:
-            some_RV, few = probs_SV[: kind.ordered], cut_S[: kind.ordered]
-            ordered = some_RV.sort(stable=True, dim=-1, descending=True)
-            whole_R = _cut(*ordered, probs_SV.shape[-1], settings_6S[:, : kind.ordered])
-            cut_S = torch.cat([torch.where(few < 0, whole_R, few), cut_S[kind.ordered :]])
-        ids_S = torch.where(((top_p_S1 < 1) | limit_S1.isfinite())[:, 0], cut_S, ids_S)
-    return torch.where(temperature_S1[:, 0] == 0, best_S, ids_S)
+            rows: Any = slice(kind.ordered) if kind.ordered > 0 else (cut_S < 0).nonzero()[:, 0]
+            ordered = probs_SV[rows].sort(stable=True, dim=-1, descending=True)
+            whole_R = _cut(*ordered, probs_SV.shape[-1], settings_6S[:, rows])
+            cut_S[rows] = torch.where(cut_S[rows] < 0, whole_R, cut_S[rows])
+        ids_S = cut_S if ids_S is None else torch.where((top_p_S1 < 1)[:, 0] | limit_S1.isfinite()[:, 0], cut_S, ids_S)
+    assert ids_S is not None
+    return torch.where(temperature_S1[:, 0] == 0, logits_SV.argmax(-1), ids_S) if kind.greedy else ids_S
 
 
 def _penalise(logits_SV: Tensor, seen_SV: Tensor, penalty_S1: Tensor) -> Tensor:
@@ -184,8 +197,9 @@ def _suffice(top_SW: Tensor, vocabulary: int, settings_6S: Tensor) -> Tensor:
     return (limit_S.clamp(max=vocabulary) <= top_SW.shape[-1]) | enough_S
 
 
-def _uncut(probs_SV: Tensor, min_p_S1: Tensor, share_S1: Tensor) -> Tensor:
-    probs_SV = probs_SV.masked_fill(probs_SV < min_p_S1 * probs_SV.amax(-1, keepdim=True), 0.0)
+def _uncut(probs_SV: Tensor, min_p_S1: Tensor | None, share_S1: Tensor) -> Tensor:
+    if min_p_S1 is not None:
+        probs_SV = probs_SV.masked_fill(probs_SV < min_p_S1 * probs_SV.amax(-1, keepdim=True), 0.0)
     return _invert(probs_SV, share_S1)[:, 0]
 
 
