@@ -100,7 +100,7 @@ class Engine:
         memory = self.memory or int(free_memory(self.device) * SHARE.get(self.device.type, 0.5))
         name = str(self.dtype).removeprefix("torch.")
         room = Room(self.model.config, memory, name, self.state_dtype, self.block_size, self.prefill_tokens)
-        return sizes(room, self._asked, self.kv_tokens, self.device, self.memory is not None)
+        return sizes(room, self._asked, self.kv_tokens, self.memory is not None or self.device.type != "cpu")
 
     @property
     def max_sequences(self) -> int:
@@ -229,10 +229,8 @@ class Engine:
         asked = [row for row, sequence in enumerate(due) if sequence.sampling.logprobs is not None]
         logprobs: dict[int, LogProb] = {}
         if asked:
-            counts = [due[row].sampling.logprobs or 0 for row in asked]
-            logprobs = dict(
-                zip(asked, top_log_probs(pick(logits_SV, asked), [tokens[row] for row in asked], counts), strict=True)
-            )
+            chosen, counts = [tokens[row] for row in asked], [due[row].sampling.logprobs or 0 for row in asked]
+            logprobs = dict(zip(asked, top_log_probs(pick(logits_SV, asked), chosen, counts), strict=True))
         for row, sequence in enumerate(due):
             sequence.append(tokens[row], self._ends, logprobs.get(row))
 

@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -65,9 +64,8 @@ class Room:
     @property
     def each(self) -> int:
         """Bytes of a sequence beside them: its state, its part of a decoding step."""
-        return count.state_bytes(self.config, 1, self.dtype, self.state_dtype) + count.step_bytes(
-            self.config, self.dtype
-        )
+        state = count.state_bytes(self.config, 1, self.dtype, self.state_dtype)
+        return state + count.step_bytes(self.config, self.dtype)
 
     def left(self, sequences: int) -> int:
         """Bytes for keys and values beside so many sequences, one that is nobody's, and a prompt being read."""
@@ -89,45 +87,39 @@ class Room:
         full, size = -(-self.config.max_position_embeddings // self.block_size), self.block_size
         fits = self.most(each=1) if kv_tokens is None else self.most(-(-kv_tokens // size))
         if fits < (sequences or 1):
-            self._refuse(sequences, kv_tokens, fits)
+            raise self._refusal(sequences, kv_tokens, fits)
         if sequences is None:
             sequences = min(MOST, fits)
             if kv_tokens is None:
                 whole = min(full, 3 * self.left(0) // 4 // max(1, self.block))
                 sequences = max(1, min(sequences, self.most(whole), self.most(each=min(full, -(-DEPTH // size)))))
-        if kv_tokens is None:
-            held = sequences * full
-            kv_tokens = min(held, self.left(sequences) // self.block if self.block else held) * size
-        return sequences, kv_tokens
+        room = self.left(sequences) // self.block if self.block else sequences * full
+        return sequences, min(sequences * full, room) * size if kv_tokens is None else kv_tokens
 
-    def _refuse(self, sequences: int | None, kv_tokens: int | None, fits: int) -> None:
-        there = f"but {format_bytes(self.bytes)} are there for states, keys and values"
-        if fits:
-            each = format_bytes(self.each)
-            raise UserError(f"max_sequences={sequences}, of {each} each, {there}; set max_sequences to {fits}")
-        if kv_tokens is not None and self.most(each=1):
-            held = format_bytes(-(-kv_tokens // self.block_size) * self.block)
-            most = self.left(1) // self.block * self.block_size
-            raise UserError(f"kv_tokens={kv_tokens} take {held}, {there}; set kv_tokens to {most}")
+    def _refusal(self, sequences: int | None, kv_tokens: int | None, fits: int) -> UserError:
         ample = replace(self, bytes=1 << 60)
         need = ample.bytes - ample.left(1) + self.block
-        others: tuple[dict[str, Any], ...] = ({"prefill_tokens": 16}, {"state_dtype": "float16"})
-        words = [f"set {k} to {v}" for other in others if replace(self, **other).most(each=1) for k, v in other.items()]
-        fix = words[0] if words else f"set memory to {need} where there is so much, or dtype to int4"
-        raise UserError(f"one sequence and its prompt take {format_bytes(need)}, {there}; {fix}")
+        said, fix = f"one sequence takes {format_bytes(need)}", f"memory to {need}, or load weights of fewer bits"
+        if fits:
+            said, fix = f"max_sequences={sequences} take {format_bytes(self.each)} each", f"max_sequences to {fits}"
+        elif kv_tokens is not None and self.most(each=1):
+            held, most = -(-kv_tokens // self.block_size) * self.block, self.left(1) // self.block * self.block_size
+            said, fix = f"kv_tokens={kv_tokens} take {format_bytes(held)}", f"kv_tokens to {most}"
+        elif replace(self, prefill_tokens=16).most(each=1):
+            fix = "prefill_tokens to 16"
+        elif replace(self, state_dtype="float16").most(each=1):
+            fix = "state_dtype to float16"
+        there = f"{format_bytes(self.bytes)} are there for states, keys, values and a prompt being read"
+        return UserError(f"{said}, but {there}; set {fix}")
 
 
-def sizes(
-    room: Room, sequences: int | None, kv_tokens: int | None, device: torch.device, limited: bool
-) -> tuple[int, int]:
-    """Sequences, and tokens of keys and values, of an engine with `room`. On a CPU that is not `limited` as many
-    sequences as are asked for, and full contexts for all or what the room holds beside the states.
+def sizes(room: Room, sequences: int | None, kv_tokens: int | None, limited: bool) -> tuple[int, int]:
+    """Sequences, and tokens of keys and values, of an engine with `room`; where it is not `limited` (a CPU's) as many
+    sequences as are asked for, and full contexts for all or what it holds beside the states.
     """
-    if limited or device.type != "cpu":
+    if limited:
         return room.divide(sequences, kv_tokens)
     sequences, size, config = sequences or 16, room.block_size, room.config
     wanted = sequences * -(-config.max_position_embeddings // size) * size
-    if room.block and kv_tokens is None:
-        left = room.bytes - count.state_bytes(config, sequences, room.dtype, room.state_dtype)
-        wanted = max(min(wanted, left * size // room.block), size)
-    return sequences, kv_tokens or wanted
+    left = room.bytes - count.state_bytes(config, sequences, room.dtype, room.state_dtype)
+    return sequences, kv_tokens or (max(min(wanted, left * size // room.block), size) if room.block else wanted)

@@ -118,20 +118,21 @@ class Pool:
         first: all of it, or what is `computed` so far, where the step marks the next token itself.
         """
         places: list[int] = []
-        asked = [sequence for sequence in sequences if sequence.sampling.repetition_penalty != 1.0]
-        if asked and self.seen is None:
-            self.seen = torch.empty(len(self._table), self._vocabulary, dtype=torch.bool, device=self._device)
-        for sequence in asked:
-            assert sequence.slot is not None and self.seen is not None
+        rows: dict[int, Tensor] = {}
+        for number, sequence in enumerate(sequences):
+            if sequence.sampling.repetition_penalty == 1.0:
+                continue
+            assert sequence.slot is not None, "only a running sequence has a record"
+            if self.seen is None:
+                self.seen = torch.empty(len(self._table), self._vocabulary, dtype=torch.bool, device=self._device)
+            rows[number], end = self.seen[sequence.slot], sequence.cached if computed else len(sequence.tokens)
             if not sequence.seen:
-                self.seen[sequence.slot].zero_()
-            end = sequence.cached if computed else len(sequence.tokens)
+                rows[number].zero_()
             places += [sequence.slot * self._vocabulary + token for token in sequence.tokens[sequence.seen : end]]
             sequence.seen = end + computed
         if self.seen is not None and places:
             self.seen.view(-1).index_fill_(0, put(places, self._device), True)
-        rows = {id(s): self.seen[s.slot] for s in asked if s.slot is not None and self.seen is not None}
-        return [sequence.draw(rows.get(id(sequence))) for sequence in sequences]
+        return [sequence.draw(rows.get(number)) for number, sequence in enumerate(sequences)]
 
     def places(self, sequences: Rows[Sequence]) -> tuple[Tensor, Tensor]:
         """(slots_S, block_table [S, most blocks]) of running sequences; unused places of the table hold any block."""
