@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Rows
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ def sample(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     """
     groups: dict[Any, list[int]] = {}
     for row in sorted(range(len(draws)), key=lambda row: not draws[row].wide):
-        groups.setdefault(None if logits_SV.is_cuda else kinds([draws[row]]), []).append(row)
+        groups.setdefault(None if logits_SV.is_cuda else _kind(draws[row].sampling), []).append(row)
     tokens = [0] * len(draws)
     for rows in groups.values():
         mine, part_SV = [draws[row] for row in rows], pick(logits_SV, rows)
@@ -148,6 +149,11 @@ def kinds(draws: Rows[Draw]) -> Kinds:
     hot = [_truncates(s) for s in said if s.temperature != 0]
     penalised, floored = any(s.repetition_penalty != 1.0 for s in said), any(s.min_p for s in said)
     return Kinds(not all(hot), any(hot), penalised, len(hot) < len(said), floored, sum(draw.wide for draw in draws))
+
+
+@lru_cache(maxsize=256)
+def _kind(sampling: Sampling) -> Kinds:
+    return kinds([Draw(sampling, 0, 0, 0)])
 
 
 def draw(logits_SV: Tensor, settings_6S: Tensor | None, kind: Kinds, seen_SV: Tensor | None = None) -> Tensor:
