@@ -14,7 +14,8 @@ With cs the running sum of dt a inside a chunk, L_ij = exp(cs_i - cs_j) for i >=
     y_i = sum_j (C_i.B_j) L_ij dt_j x_j + exp(cs_i) S0 C_i + D x_i      S1 = exp(cs_end) S0 + sum_j exp(cs_end - cs_j) dt_j x_j B_j'
 Exponents are never positive. With Q_ij the product of a score (C_i.B_j) L_ij dt_j and its gradient, the gradient of cs_i is
 sum_j (Q_ij - Q_ji) + exp(cs_i) dy_i.S0 C_i - exp(cs_end - cs_i) dt_i x_i.dS1 B_i. Both sums are of the same rounded numbers:
-they cancel exactly where they must.
+they cancel exactly where they must. The gradient of a sums these over all tokens and nearly cancels itself, and half its error in
+bfloat16 came of S0, rounded for dy_i.S0 C_i: `_walk` has it in float32 and writes what rounding takes from each such number.
 
 T tokens, S sequences, H heads, P head width, N state size, G groups, n pieces, m chunks, C tokens of a chunk.
 """
@@ -37,14 +38,15 @@ from whimbrel.ops.triton.launch import cdiv, fits, power, settings
 
 @triton.jit
 def _walk(
-    x, dt, a, b, start, store, end, fade, begins, chunks, tokens, x_stride, b_stride,
+    x, dt, a, b, dy, c, start, store, lost, end, fade, begins, chunks, tokens, x_stride, b_stride, dy_stride, c_stride,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     REVERSE: tl.constexpr, STARTED: tl.constexpr, STORE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Carry a state [N, P] through the chunks of a piece, from zero or from `start`.
 
     Forward it gathers dt_j exp(cs_end - cs_j) B_j x_j' of x and B; in reverse exp(cs_i) C_i dy_i' of dy and C. Before each
-    chunk it may store the state; at the end it writes it, and the decay over the whole piece.
+    chunk it may store the state, and going forward `lost`, exp(cs_i) dy_i.R C_i [P / BP, H, T] of what rounding took from
+    it, R; at the end it writes the state, and the decay over the whole piece.
     """
     h, piece = tl.program_id(0) % H, tl.program_id(1)
     p, n = (tl.program_id(0) // H * BP if P > BP else 0) + tl.arange(0, BP), tl.arange(0, BN)
@@ -62,13 +64,26 @@ def _walk(
     for k in range(0, count):
         chunk = count - 1 - k if REVERSE else k
         if STORE:
-            tl.store(store + (first + chunk) * wide + place, state.to(store.dtype.element_ty), mask=inside)
+            rounded = state.to(store.dtype.element_ty)
+            tl.store(store + (first + chunk) * wide + place, rounded, mask=inside)
         i = begin + chunk * C + tl.arange(0, C)
         real = i < stop
         steps = tl.load(dt + h.to(tl.int64) * tokens + i, mask=real, other=0.0)
         cs = tl.cumsum(steps * rate, 0)
         total = tl.sum(steps * rate, 0)
         at = i.to(tl.int64)
+        if STORE and not REVERSE and store.dtype.element_ty != tl.float32:
+            up = tl.load(
+                dy + at[:, None] * dy_stride + h * P + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0
+            )
+            reads = tl.load(
+                c + at[:, None] * c_stride + (h // SHARED) * N + n[None, :],
+                mask=real[:, None] & (n < N)[None, :],
+                other=0.0,
+            )
+            rest = tl.dot(reads, (state - rounded.to(tl.float32)).to(reads.dtype), input_precision=DOT)
+            rest = tl.sum(rest * up.to(tl.float32), 1) * tl.exp(cs)
+            tl.store(lost + tl.program_id(0).to(tl.int64) * tokens + i, rest, mask=real)
         xs = tl.load(x + at[:, None] * x_stride + h * P + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0)
         bs = tl.load(
             b + at[:, None] * b_stride + (h // SHARED) * N + n[None, :],
@@ -306,7 +321,7 @@ def _between(
     reverse, count = ends is not None, len(cuts.starts) - 1
     gain, fade = shape.empty(cuts.pieces, torch.float32, x), x.new_empty(cuts.pieces, shape.heads, dtype=torch.float32)
     _walk[(shape.programs, cuts.pieces)](
-        x, dt, a, b, gain, gain, gain, fade, cuts.begins, cuts.chunks, shape.tokens, x.stride(0), b.stride(0),
+        x, dt, a, b, x, b, gain, gain, fade, gain, fade, cuts.begins, cuts.chunks, shape.tokens, x.stride(0), b.stride(0), 0, 0,
         **shape.sizes, **shape.walk, BP=shape.block, REVERSE=reverse, STARTED=False, STORE=False,
     )  # fmt: skip
     between, out = torch.empty_like(gain), shape.empty(count, torch.float32, x)
@@ -366,10 +381,12 @@ class _Scan(torch.autograd.Function):
         into, dinitial = _between(shape, cuts, (dy, dt, a, c), None, dstates)
         before, after = (shape.empty(cuts.count, x.dtype, x) for _ in range(2))
         unused, fade = torch.empty_like(into), x.new_empty(cuts.pieces, shape.heads, dtype=torch.float32)
+        parts = 0 if x.dtype == torch.float32 else shape.programs // shape.heads
+        lost = x.new_empty(parts, shape.heads, shape.tokens, dtype=torch.float32)
         for side, by, state, store, reverse in ((x, b, start, before, False), (dy, c, into, after, True)):
             _walk[(shape.programs, cuts.pieces)](
-                side, dt, a, by, unused if state is None else state, store, unused, fade, cuts.begins, cuts.chunks,
-                shape.tokens, side.stride(0), by.stride(0), **shape.sizes, **shape.walk,
+                side, dt, a, by, dy, c, unused if state is None else state, store, lost, unused, fade, cuts.begins, cuts.chunks,
+                shape.tokens, side.stride(0), by.stride(0), dy.stride(0), c.stride(0), **shape.sizes, **shape.walk,
                 BP=shape.block, REVERSE=reverse, STARTED=state is not None, STORE=True,
             )  # fmt: skip
         dx, ddt = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(dt)
@@ -381,6 +398,8 @@ class _Scan(torch.autograd.Function):
         ends = (cuts.chunk_begins, cuts.chunk_ends, shape.tokens, x.stride(0), b.stride(0), c.stride(0), dy.stride(0))
         launches = [settings(name, P=shape.width, N=shape.size) for name in ("scan_reading", "scan_writing")]
         _reading[grid](x, dt, a, b, c, dy, before, dc, low, reads, *ends, **shape.sizes, **blocks, **launches[0])
+        for part in lost:
+            reads += part
         _writing[grid](
             x, dt, a, b, c, d, dy, before, after, low, reads, dx, ddt, db, da, dd, *ends,
             **shape.sizes, **blocks, **launches[1],
