@@ -63,12 +63,10 @@ struct Shape {
 
 // The decays of one head over one chunk.
 struct alignas(64) Decays {
-    float dt[chunk], from_start[chunk], to_end[chunk], weight[chunk];  // E, F, and F dt
-    float between[chunk * chunk] = {};                                 // L
+    float dt[chunk], decay[chunk], from_start[chunk], to_end[chunk], weight[chunk];  // …, E, F, and F dt
     float fade = 1.0f;
 
-    void read(const Shape& k, int64_t from, int64_t count, int64_t h, bool all) {
-        float decay[chunk];
+    void read(const Shape& k, int64_t from, int64_t count, int64_t h) {
         for (int64_t i = 0; i < count; i++) dt[i] = k.s.dt[k.at(from + i, h)];
         for (int64_t i = count; i < chunk; i++) dt[i] = 0.0f;
         const float a = k.s.a[h];
@@ -84,14 +82,23 @@ struct alignas(64) Decays {
             weight[i] = gone * dt[i];
             gone *= decay[i];
         }
-        if (!all) return;
-        between[0] = 1.0f;
-        for (int64_t i = 1; i < count; i++) {
-            for (int64_t j = 0; j < i; j += lanes) {
-                const vec v = load(between + (i - 1) * chunk + j) * decay[i];
-                store(between + i * chunk + j, v > least ? v : vec{});
-            }
-            between[i * chunk + i] = 1.0f;
+    }
+};
+
+// L of one head, a row at a time, in registers: L_i = decay_i L_{i-1}, and 1 on the diagonal.
+struct Between {
+    vec row[chunk / lanes] = {};
+
+    // Lanes of vector q that are token i.
+    static auto diagonal(int64_t q, int64_t i) {
+        places token{};
+        for (int l = 0; l < lanes; l++) token[l] = l;
+        return token == places{} + static_cast<int32_t>(i - q * lanes);
+    }
+    [[gnu::always_inline]] void next(int64_t i, float decay) {
+        UNROLL for (int64_t q = 0; q < chunk / lanes; q++) {
+            const vec v = row[q] * decay;
+            row[q] = diagonal(q, i) ? vec{} + 1.0f : v > least ? v : vec{};
         }
     }
 };
@@ -146,12 +153,17 @@ struct Forward : Shape {
 
     void run_chunk(int64_t from, int64_t count, int64_t h, float* state, bool empty) {
         pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
-        decays.read(*this, from, count, h, true);
+        decays.read(*this, from, count, h);
         scale_rows(x, w_row, count, wide, decays.weight, scaled);
+        Between between;
         for (int64_t i = 0; i < count; i++) {
-            for (int64_t j = 0; j <= i; j += lanes)
-                store(mix + i * chunk + j, load(pair.cb + i * chunk + j) * load(decays.between + i * chunk + j) * load(decays.dt + j));
-            mix[i * chunk + i] += s.d[h];
+            between.next(i, decays.decay[i]);
+            UNROLL for (int64_t q = 0; q < chunk / lanes; q++) {
+                if (q * lanes > i) break;
+                const int64_t place = i * chunk + q * lanes;
+                const vec d = Between::diagonal(q, i) ? vec{} + s.d[h] : vec{};
+                store(mix + place, load(pair.cb + place) * between.row[q] * load(decays.dt + q * lanes) + d);
+            }
         }
         const bool whole = s.width % lanes == 0;  // rows of whole vectors need no scratch
         float* const rows = s.y + at(from, h) * s.width;
@@ -241,7 +253,7 @@ struct Backward : Shape {
                 pack(b(from, h / shared), s.b_stride, count, s.size, pair.b, d_row);
                 ask(i, from, count, from + count, then_count, false);
             }
-            decays.read(*this, from, count, h, false);
+            decays.read(*this, from, count, h);
             pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
             scale_rows(x, w_row, count, wide, decays.weight, scaled);
             multiply({.a = scaled, .b = pair.b, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
@@ -259,7 +271,7 @@ struct Backward : Shape {
         pack(out.dy + at(from, h) * s.width, s.heads * s.width, count, s.width, dy, w_row);
         transpose(x, w_row, high, wide, x_turned, chunk);
         transpose(dy, w_row, high, wide, dy_turned, chunk);
-        decays.read(*this, from, count, h, true);
+        decays.read(*this, from, count, h);
         multiply({.a = dy_turned, .b = x_turned, .a_row = 1, .a_step = chunk, .b_step = chunk, .depth = s.width,
                   .out = pairs, .out_row = chunk, .lower = true, .ahead = &ahead},
                  count, high);
@@ -267,14 +279,16 @@ struct Backward : Shape {
                   .scale = decays.from_start, .out = own, .out_row = d_row, .ahead = &ahead},
                  count, deep);
         float pull[chunk];  // dy_r . (S_r C_r)
+        Between between;
         for (int64_t r = 0; r < count; r++) {
             vec total{};
-            for (int64_t j = 0; j <= r; j += lanes) {
-                const int64_t place = r * chunk + j;
-                const vec between = load(decays.between + place), cb = load(pair.cb + place);
-                const vec part = load(pairs + place) * between * load(decays.dt + j);
+            between.next(r, decays.decay[r]);
+            UNROLL for (int64_t q = 0; q < chunk / lanes; q++) {
+                if (q * lanes > r) break;
+                const int64_t place = r * chunk + q * lanes;
+                const vec cb = load(pair.cb + place), part = load(pairs + place) * between.row[q] * load(decays.dt + q * lanes);
                 total += part * cb;
-                store(mix + place, cb * between);
+                store(mix + place, cb * between.row[q]);
                 store(sums + place, opens ? part : load(sums + place) + part);
             }
             for (int64_t n = 0; n < deep; n += lanes) {
@@ -355,9 +369,9 @@ struct Backward : Shape {
             }
     }
 
-    void run_piece(int64_t piece, bool empty, bool idle, bool start) {
+    void run_piece(int64_t piece, bool empty, bool idle, bool start, bool known) {
         const int64_t from = s.pieces[piece], to = s.pieces[piece + 1], chunks = (to - from + chunk - 1) / chunk;
-        for (int64_t k = 0; k < chunks - idle; k++) {
+        for (int64_t k = 0; k < chunks - (idle || known); k++) {
             const int64_t at = from + k * chunk;
             restore_chunk(at, std::min(chunk, to - at), k, empty && k == 0, std::min(chunk, to - at - chunk));
         }
@@ -386,9 +400,12 @@ struct Backward : Shape {
         for (int64_t piece = s.first[sequence + 1] - 1; piece >= opening; piece--) {
             if (s.slots[piece] >= 0 && out.dkept) add(out.dkept, s.slots[piece], idle), idle = false;
             const float* begin = piece > opening ? s.saved + state(piece, 0) : s.initial ? s.initial + state(sequence, 0) : nullptr;
+            const bool known = piece + 1 < s.first[sequence + 1];  // the state after it: that before the piece taken last
+            const int64_t chunks = (s.pieces[piece + 1] - s.pieces[piece] + chunk - 1) / chunk;
+            for (int64_t i = 0; i < heads && known; i++) std::copy_n(before(i, 0), wide * d_row, before(i, chunks));
             for (int64_t i = 0; i < heads && begin; i++)
                 pack(begin + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, 0), d_row);
-            run_piece(piece, !begin, idle, piece == opening && !out.dinitial);
+            run_piece(piece, !begin, idle, piece == opening && !out.dinitial, known);
             idle = false;
         }
         for (int64_t i = 0; i < heads; i++) {
