@@ -110,19 +110,18 @@ void scale_rows(const float* from, int64_t row, int64_t high, int64_t wide, cons
 
 // B and C of one group over one chunk, by rows and turned, and C B^T.
 struct Pair {
-    float *b, *c, *b_turned, *c_turned, *cb;
+    float *b, *c, *b_turned, *cb;
 
     Pair(const Shape& k, Arena& arena)
         : b(arena.take(chunk * k.d_row)), c(arena.take(chunk * k.d_row)), b_turned(arena.take(k.deep * chunk)),
-          c_turned(arena.take(k.deep * chunk)), cb(arena.take(chunk * chunk)) {}
+          cb(arena.take(chunk * chunk)) {}
 
     void read(const Shape& k, int64_t from, int64_t count, int64_t g) {
         const int64_t high = round_up(count);
         pack(k.b(from, g), k.s.b_stride, count, k.s.size, b, k.d_row);
         pack(k.c(from, g), k.s.c_stride, count, k.s.size, c, k.d_row);
         transpose(b, k.d_row, high, k.deep, b_turned, chunk);
-        transpose(c, k.d_row, high, k.deep, c_turned, chunk);
-        multiply({.a = c_turned, .b = b_turned, .a_row = 1, .a_step = chunk, .b_step = chunk, .depth = k.s.size,
+        multiply({.a = c, .b = b_turned, .a_row = k.d_row, .a_step = 1, .b_step = chunk, .depth = k.s.size,
                   .out = cb, .out_row = chunk, .lower = true},
                  count, high);
     }
@@ -167,7 +166,7 @@ struct Forward : Shape {
         }
         const bool whole = s.width % lanes == 0;  // rows of whole vectors need no scratch
         float* const rows = s.y + at(from, h) * s.width;
-        multiply({.a = pair.c_turned, .b = state, .a_row = 1, .a_step = chunk, .b_step = w_row, .depth = empty ? 0 : s.size,
+        multiply({.a = pair.c, .b = state, .a_row = d_row, .a_step = 1, .b_step = w_row, .depth = empty ? 0 : s.size,
                   .scale = decays.from_start, .c = mix, .d = x, .c_row = chunk, .c_step = 1, .d_step = w_row, .tokens = count,
                   .order = Product::past, .out = whole ? rows : y, .out_row = whole ? s.heads * s.width : w_row, .ahead = &ahead},
                  count, wide);
@@ -227,7 +226,7 @@ struct Backward : Shape {
     Pair pair;
     Decays decays;
     Ahead ahead;
-    float *x, *dy, *du, *scaled, *x_turned, *dy_turned, *mix, *pairs, *sums, *own, *db, *dc, *ds, *ds_turned, *chain;
+    float *x, *dy, *du, *scaled, *x_turned, *mix, *pairs, *sums, *own, *db, *dc, *ds, *ds_turned, *chain;
     std::vector<double> behind, da, dd;
     int64_t first_head = 0, heads = 0;  // of the present task: whole groups
 
@@ -236,7 +235,7 @@ struct Backward : Shape {
           arena(chunk * (5 * d_row + 2 * deep + 4 * w_row + 2 * wide + 4 * chunk) + deep * w_row +
                 most_heads * wide * d_row * (most + 2) + 512),
           pair(*this, arena), x(arena.take(chunk * w_row)), dy(arena.take(chunk * w_row)), du(arena.take(chunk * w_row)),
-          scaled(arena.take(chunk * w_row)), x_turned(arena.take(wide * chunk)), dy_turned(arena.take(wide * chunk)),
+          scaled(arena.take(chunk * w_row)), x_turned(arena.take(wide * chunk)),
           mix(arena.take(chunk * chunk)), pairs(arena.take(chunk * chunk)), sums(arena.take(chunk * chunk)),
           own(arena.take(chunk * d_row)), db(arena.take(chunk * d_row)), dc(arena.take(chunk * d_row)),
           ds(arena.take(most_heads * wide * d_row)), ds_turned(arena.take(deep * w_row)),
@@ -270,12 +269,11 @@ struct Backward : Shape {
         pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
         pack(out.dy + at(from, h) * s.width, s.heads * s.width, count, s.width, dy, w_row);
         transpose(x, w_row, high, wide, x_turned, chunk);
-        transpose(dy, w_row, high, wide, dy_turned, chunk);
         decays.read(*this, from, count, h);
-        multiply({.a = dy_turned, .b = x_turned, .a_row = 1, .a_step = chunk, .b_step = chunk, .depth = s.width,
+        multiply({.a = dy, .b = x_turned, .a_row = w_row, .a_step = 1, .b_step = chunk, .depth = s.width,
                   .out = pairs, .out_row = chunk, .lower = true, .ahead = &ahead},
                  count, high);
-        multiply({.a = dy_turned, .b = before(i, k), .a_row = 1, .a_step = chunk, .b_step = d_row, .depth = empty ? 0 : s.width,
+        multiply({.a = dy, .b = before(i, k), .a_row = w_row, .a_step = 1, .b_step = d_row, .depth = empty ? 0 : s.width,
                   .scale = decays.from_start, .out = own, .out_row = d_row, .ahead = &ahead},
                  count, deep);
         float pull[chunk];  // dy_r . (S_r C_r)
