@@ -233,25 +233,23 @@ struct Backward : Shape {
     Backward(const Scan& scan, const ScanGradients& gradients, int64_t most_chunks, int64_t most_heads)
         : Shape(scan), out(gradients), most(most_chunks),
           arena(chunk * (5 * d_row + 2 * deep + 4 * w_row + 2 * wide + 4 * chunk) + deep * w_row +
-                most_heads * wide * d_row * (most + 2) + 512),
+                (most_heads + shared * (most + 1)) * wide * d_row + 512),
           pair(*this, arena), x(arena.take(chunk * w_row)), dy(arena.take(chunk * w_row)), du(arena.take(chunk * w_row)),
           scaled(arena.take(chunk * w_row)), x_turned(arena.take(wide * chunk)),
           mix(arena.take(chunk * chunk)), pairs(arena.take(chunk * chunk)), sums(arena.take(chunk * chunk)),
           own(arena.take(chunk * d_row)), db(arena.take(chunk * d_row)), dc(arena.take(chunk * d_row)),
           ds(arena.take(most_heads * wide * d_row)), ds_turned(arena.take(deep * w_row)),
-          chain(arena.take(most_heads * wide * d_row * (most + 1))), behind(most_heads), da(most_heads), dd(most_heads) {}
+          chain(arena.take(shared * (most + 1) * wide * d_row)), behind(most_heads), da(most_heads), dd(most_heads) {}
 
-    // State of head i of the task before chunk k of the present piece, [P, d_row].
-    float* before(int64_t i, int64_t k) { return chain + (i * (most + 1) + k) * wide * d_row; }
+    // State of head i of the task, of its present group, before chunk k of the present piece, [P, d_row].
+    float* before(int64_t i, int64_t k) { return chain + (i % shared * (most + 1) + k) * wide * d_row; }
     float* gradient(int64_t i) { return ds + i * wide * d_row; }
 
-    void restore_chunk(int64_t from, int64_t count, int64_t k, bool empty, int64_t then_count) {
-        for (int64_t i = 0; i < heads; i++) {
+    // The state after a chunk from that before it, for the heads of a group from the task's head `first_of` on.
+    void restore_chunk(int64_t from, int64_t count, int64_t first_of, int64_t k, bool empty) {
+        pack(b(from, (first_head + first_of) / shared), s.b_stride, count, s.size, pair.b, d_row);
+        for (int64_t i = first_of; i < first_of + shared; i++) {
             const int64_t h = first_head + i;
-            if (h % shared == 0) {
-                pack(b(from, h / shared), s.b_stride, count, s.size, pair.b, d_row);
-                ask(i, from, count, from + count, then_count, false);
-            }
             decays.read(*this, from, count, h);
             pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
             scale_rows(x, w_row, count, wide, decays.weight, scaled);
@@ -344,14 +342,16 @@ struct Backward : Shape {
         behind[i] = carried;
     }
 
-    // Asks for the rows of the group after that of head i of the task, of this chunk or of the one that is taken next.
-    void ask(int64_t i, int64_t from, int64_t count, int64_t then, int64_t then_count, bool all) {
-        if (i + shared >= heads) i = -shared, from = then, count = then_count;
-        const int64_t h = first_head + i + shared, g = h / shared, wide_x = shared * s.width, row = s.heads * s.width;
-        ahead.add(b(from, g), s.b_stride, count, s.size), ahead.add(Shape::x(from, h), s.x_stride, count, wide_x);
-        if (!all) return;
+    // Asks for what a chunk brings to the heads of one group: x and B, with which states are restored, and the rest.
+    void ask_inputs(int64_t from, int64_t count, int64_t i) {
+        const int64_t h = first_head + i;
+        ahead.add(b(from, h / shared), s.b_stride, count, s.size);
+        ahead.add(Shape::x(from, h), s.x_stride, count, shared * s.width);
+    }
+    void ask_rest(int64_t from, int64_t count, int64_t i) {
+        const int64_t h = first_head + i, g = h / shared, wide_x = shared * s.width;
         ahead.add(c(from, g), s.c_stride, count, s.size);
-        ahead.add(out.dy + at(from, h) * s.width, row, count, wide_x);
+        ahead.add(out.dy + at(from, h) * s.width, s.heads * s.width, count, wide_x);
         ahead.add(out.dx + from * out.dx_stride + h * s.width, out.dx_stride, count, wide_x, true);
         ahead.add(out.db + from * out.db_stride + g * s.size, out.db_stride, count, s.size, true);
         ahead.add(out.dc + from * out.dc_stride + g * s.size, out.dc_stride, count, s.size, true);
@@ -367,23 +367,28 @@ struct Backward : Shape {
             }
     }
 
-    void run_piece(int64_t piece, bool empty, bool idle, bool start, bool known) {
+    // The heads of one group, from the task's head `first_of` on, through a piece: what they share and their states lie in the
+    // caches meanwhile.
+    void run_piece(int64_t piece, int64_t first_of, bool empty, bool idle, bool start, bool known, int64_t opening) {
         const int64_t from = s.pieces[piece], to = s.pieces[piece + 1], chunks = (to - from + chunk - 1) / chunk;
-        for (int64_t k = 0; k < chunks - (idle || known); k++) {
-            const int64_t at = from + k * chunk;
-            restore_chunk(at, std::min(chunk, to - at), k, empty && k == 0, std::min(chunk, to - at - chunk));
+        const int64_t restored = chunks - (idle || known), g = (first_head + first_of) / shared;
+        const auto size = [&](int64_t k) { return std::min(chunk, to - from - k * chunk); };
+        for (int64_t k = 0; k < restored; k++) {
+            if (k + 1 < chunks) ask_inputs(from + (k + 1) * chunk, size(k + 1), first_of);
+            if (k + 1 >= restored) ask_rest(from + (chunks - 1) * chunk, size(chunks - 1), first_of);
+            restore_chunk(from + k * chunk, size(k), first_of, k, empty && k == 0);
         }
         for (int64_t k = chunks - 1; k >= 0; k--) {
-            const int64_t at = from + k * chunk, count = std::min(chunk, to - at), before = std::max(at - chunk, first(0));
-            for (int64_t i = 0; i < heads; i++) {
-                const int64_t g = (first_head + i) / shared;
-                if ((first_head + i) % shared == 0) pair.read(*this, at, count, g), ask(i, at, count, before, at - before, true);
+            const int64_t at = from + k * chunk, count = size(k);
+            pair.read(*this, at, count, g);
+            if (k) ask_rest(at - chunk, chunk, first_of);
+            else if (first_of + shared < heads) ask_inputs(from, count, first_of + shared);
+            else if (piece > opening) ask_inputs(s.pieces[piece - 1], std::min(chunk, from - s.pieces[piece - 1]), 0);
+            for (int64_t i = first_of; i < first_of + shared; i++)
                 head(at, count, i, k, empty && k == 0, idle && k == chunks - 1, start && k == 0);
-                if ((first_head + i + 1) % shared) continue;
-                for (int64_t t = 0; t < count; t++) {
-                    std::copy_n(db + t * d_row, s.size, out.db + (at + t) * out.db_stride + g * s.size);
-                    std::copy_n(dc + t * d_row, s.size, out.dc + (at + t) * out.dc_stride + g * s.size);
-                }
+            for (int64_t t = 0; t < count; t++) {
+                std::copy_n(db + t * d_row, s.size, out.db + (at + t) * out.db_stride + g * s.size);
+                std::copy_n(dc + t * d_row, s.size, out.dc + (at + t) * out.dc_stride + g * s.size);
             }
         }
     }
@@ -400,10 +405,16 @@ struct Backward : Shape {
             const float* begin = piece > opening ? s.saved + state(piece, 0) : s.initial ? s.initial + state(sequence, 0) : nullptr;
             const bool known = piece + 1 < s.first[sequence + 1];  // the state after it: that before the piece taken last
             const int64_t chunks = (s.pieces[piece + 1] - s.pieces[piece] + chunk - 1) / chunk;
-            for (int64_t i = 0; i < heads && known; i++) std::copy_n(before(i, 0), wide * d_row, before(i, chunks));
-            for (int64_t i = 0; i < heads && begin; i++)
-                pack(begin + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, 0), d_row);
-            run_piece(piece, !begin, idle, piece == opening && !out.dinitial, known);
+            const auto fetch = [&](const float* states, int64_t i, int64_t k) {
+                pack(states + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, k), d_row);
+            };
+            for (int64_t group = 0; group < heads; group += shared) {
+                for (int64_t i = group; i < group + shared; i++) {
+                    if (begin) fetch(begin, i, 0);
+                    if (known) fetch(s.saved + state(piece + 1, 0), i, chunks);
+                }
+                run_piece(piece, group, !begin, idle, piece == opening && !out.dinitial, known, opening);
+            }
             idle = false;
         }
         for (int64_t i = 0; i < heads; i++) {
