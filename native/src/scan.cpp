@@ -348,6 +348,9 @@ struct Backward : Shape {
         ahead.add(b(from, h / shared), s.b_stride, count, s.size);
         ahead.add(Shape::x(from, h), s.x_stride, count, shared * s.width);
     }
+    void ask_states(const float* states, int64_t i) {
+        if (states) ahead.add(states + (first_head + i) * s.width * s.size, s.size, shared * s.width, s.size);
+    }
     void ask_rest(int64_t from, int64_t count, int64_t i) {
         const int64_t h = first_head + i, g = h / shared, wide_x = shared * s.width;
         ahead.add(c(from, g), s.c_stride, count, s.size);
@@ -369,23 +372,26 @@ struct Backward : Shape {
 
     // The heads of one group, from the task's head `first_of` on, through a piece: what they share and their states lie in the
     // caches meanwhile.
-    void run_piece(int64_t piece, int64_t first_of, bool empty, bool idle, bool start, bool known, int64_t opening) {
+    void run_piece(int64_t piece, int64_t first_of, const float* begin, const float* end, bool idle, bool start, int64_t opening) {
         const int64_t from = s.pieces[piece], to = s.pieces[piece + 1], chunks = (to - from + chunk - 1) / chunk;
-        const int64_t restored = chunks - (idle || known), g = (first_head + first_of) / shared;
+        const int64_t restored = chunks - (idle || end), g = (first_head + first_of) / shared;
         const auto size = [&](int64_t k) { return std::min(chunk, to - from - k * chunk); };
         for (int64_t k = 0; k < restored; k++) {
             if (k + 1 < chunks) ask_inputs(from + (k + 1) * chunk, size(k + 1), first_of);
             if (k + 1 >= restored) ask_rest(from + (chunks - 1) * chunk, size(chunks - 1), first_of);
-            restore_chunk(from + k * chunk, size(k), first_of, k, empty && k == 0);
+            restore_chunk(from + k * chunk, size(k), first_of, k, !begin && k == 0);
         }
         for (int64_t k = chunks - 1; k >= 0; k--) {
             const int64_t at = from + k * chunk, count = size(k);
             pair.read(*this, at, count, g);
             if (k) ask_rest(at - chunk, chunk, first_of);
-            else if (first_of + shared < heads) ask_inputs(from, count, first_of + shared);
+            else if (first_of + shared < heads) {
+                ask_inputs(from, count, first_of + shared);
+                ask_states(begin, first_of + shared), ask_states(end, first_of + shared);
+            }
             else if (piece > opening) ask_inputs(s.pieces[piece - 1], std::min(chunk, from - s.pieces[piece - 1]), 0);
             for (int64_t i = first_of; i < first_of + shared; i++)
-                head(at, count, i, k, empty && k == 0, idle && k == chunks - 1, start && k == 0);
+                head(at, count, i, k, !begin && k == 0, idle && k == chunks - 1, start && k == 0);
             for (int64_t t = 0; t < count; t++) {
                 std::copy_n(db + t * d_row, s.size, out.db + (at + t) * out.db_stride + g * s.size);
                 std::copy_n(dc + t * d_row, s.size, out.dc + (at + t) * out.dc_stride + g * s.size);
@@ -403,17 +409,14 @@ struct Backward : Shape {
         for (int64_t piece = s.first[sequence + 1] - 1; piece >= opening; piece--) {
             if (s.slots[piece] >= 0 && out.dkept) add(out.dkept, s.slots[piece], idle), idle = false;
             const float* begin = piece > opening ? s.saved + state(piece, 0) : s.initial ? s.initial + state(sequence, 0) : nullptr;
-            const bool known = piece + 1 < s.first[sequence + 1];  // the state after it: that before the piece taken last
+            const float* end = piece + 1 < s.first[sequence + 1] ? s.saved + state(piece + 1, 0) : nullptr;
             const int64_t chunks = (s.pieces[piece + 1] - s.pieces[piece] + chunk - 1) / chunk;
             const auto fetch = [&](const float* states, int64_t i, int64_t k) {
-                pack(states + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, k), d_row);
+                if (states) pack(states + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, k), d_row);
             };
             for (int64_t group = 0; group < heads; group += shared) {
-                for (int64_t i = group; i < group + shared; i++) {
-                    if (begin) fetch(begin, i, 0);
-                    if (known) fetch(s.saved + state(piece + 1, 0), i, chunks);
-                }
-                run_piece(piece, group, !begin, idle, piece == opening && !out.dinitial, known, opening);
+                for (int64_t i = group; i < group + shared; i++) fetch(begin, i, 0), fetch(end, i, chunks);
+                run_piece(piece, group, begin, end, idle, piece == opening && !out.dinitial, opening);
             }
             idle = false;
         }
