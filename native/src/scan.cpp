@@ -103,9 +103,16 @@ struct Between {
     }
 };
 
-void scale_rows(const float* from, int64_t row, int64_t high, int64_t wide, const float* factor, float* to) {
+// Rows of `high` tokens as `pack` has them, and each times its factor; `plain` may be null.
+void pack_scaled(const float* from, int64_t from_row, int64_t high, int64_t width, const float* factor, float* plain, float* scaled,
+                 int64_t to_row) {
     for (int64_t r = 0; r < high; r++)
-        for (int64_t i = 0; i < wide; i += lanes) store(to + r * row + i, load(from + r * row + i) * factor[r]);
+        for (int64_t i = 0; i < width; i += lanes) {
+            const vec v = load(from + r * from_row + i, width - i);
+            if (plain) store(plain + r * to_row + i, v);
+            store(scaled + r * to_row + i, v * factor[r]);
+        }
+    for (int64_t r = high; r < round_up(high) && plain; r++) std::fill_n(plain + r * to_row, round_up(width), 0.0f);
 }
 
 // B and C of one group over one chunk, by rows and turned, and C B^T.
@@ -151,9 +158,8 @@ struct Forward : Shape {
           y(arena.take(chunk * w_row)), scratch(arena.take(wide * d_row)), states(arena.take(most_heads * deep * w_row)) {}
 
     void run_chunk(int64_t from, int64_t count, int64_t h, float* state, bool empty) {
-        pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
         decays.read(*this, from, count, h);
-        scale_rows(x, w_row, count, wide, decays.weight, scaled);
+        pack_scaled(Shape::x(from, h), s.x_stride, count, s.width, decays.weight, x, scaled, w_row);
         Between between;
         for (int64_t i = 0; i < count; i++) {
             between.next(i, decays.decay[i]);
@@ -251,8 +257,7 @@ struct Backward : Shape {
         for (int64_t i = first_of; i < first_of + shared; i++) {
             const int64_t h = first_head + i;
             decays.read(*this, from, count, h);
-            pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
-            scale_rows(x, w_row, count, wide, decays.weight, scaled);
+            pack_scaled(Shape::x(from, h), s.x_stride, count, s.width, decays.weight, nullptr, scaled, w_row);
             multiply({.a = scaled, .b = pair.b, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
                       .base = empty ? nullptr : before(i, k), .fade = decays.fade, .out = before(i, k + 1), .out_row = d_row,
                       .ahead = &ahead},
@@ -265,9 +270,9 @@ struct Backward : Shape {
         const int64_t h = first_head + i, high = round_up(count);
         const bool opens = h % shared == 0, closes = (h + 1) % shared == 0;  // of its group, the first head and the last
         pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
-        pack(out.dy + at(from, h) * s.width, s.heads * s.width, count, s.width, dy, w_row);
-        transpose(x, w_row, high, wide, x_turned, chunk);
         decays.read(*this, from, count, h);
+        pack_scaled(out.dy + at(from, h) * s.width, s.heads * s.width, count, s.width, decays.from_start, dy, scaled, w_row);
+        transpose(x, w_row, high, wide, x_turned, chunk);
         multiply({.a = dy, .b = x_turned, .a_row = w_row, .a_step = 1, .b_step = chunk, .depth = s.width,
                   .out = pairs, .out_row = chunk, .lower = true, .ahead = &ahead},
                  count, high);
@@ -316,7 +321,6 @@ struct Backward : Shape {
                   .order = Product::future, .out = du, .out_row = w_row, .ahead = &ahead},
                  count, wide);
         if (!start) {
-            scale_rows(dy, w_row, count, wide, decays.from_start, scaled);
             multiply({.a = scaled, .b = pair.c, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
                       .base = idle ? nullptr : gradient(i), .fade = decays.fade, .out = gradient(i), .out_row = d_row,
                       .ahead = &ahead},
