@@ -23,7 +23,8 @@
 // of this running difference are cut off at the end of each chunk, where r is computed from the two states.
 //
 // The caller cuts a sequence into pieces of some hundred tokens. The forward pass keeps one state a piece; the backward pass
-// takes the pieces from the last to the first and computes the states between the chunks of one piece again.
+// takes the pieces from the last to the first and computes the states between the chunks of one piece again, a group of heads at a
+// time, so that what it computes and reads lies in the second-level cache until it is used. The state after a piece is that before the next.
 
 #include <vector>
 
