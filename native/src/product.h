@@ -152,6 +152,8 @@ inline void product_rows(const Product& p, int64_t high, int64_t lane) {
 
 inline void multiply(const Product& p, int64_t high, int64_t width) {
     int64_t lane = 0;
+    if (most_broad > 2 && p.lower)  // narrow tiles leave out more of what is not wanted, and 6 sums are enough for one unit
+        for (; lane < width; lane += lanes) product_rows<1>(p, high, lane);
     for (; lane + most_broad * lanes <= width; lane += most_broad * lanes) product_rows<most_broad>(p, high, lane);
     if constexpr (most_broad > 2)
         for (; lane + 2 * lanes <= width; lane += 2 * lanes) product_rows<2>(p, high, lane);
