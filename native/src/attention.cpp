@@ -23,6 +23,7 @@ struct Prompt {
     const int64_t group, tokens, rows, wide, row, across;  // rows of scratch lie `row` apart, of scores `across`
     const float scale;
     Arena arena;
+    Ahead ahead;
     float *q, *keys, *keys_turned, *values, *weights, *sums, *tops, *totals, *fades;
 
     explicit Prompt(const Attention& attention, int64_t at_once)
@@ -46,14 +47,17 @@ struct Prompt {
             pack(k + at * a.k_stride, a.k_stride, some, a.width, keys, row);
             pack(v + at * a.v_stride, a.v_stride, some, a.width, values, row);
             transpose(keys, row, round_up(some), wide, keys_turned, block);
+            const int64_t next = std::min(block, last - at - some);
+            ahead.add(k + (at + some) * a.k_stride, a.k_stride, next, a.width);
+            ahead.add(v + (at + some) * a.v_stride, a.v_stride, next, a.width);
             multiply({.a = q + first * row, .b = keys_turned, .a_row = row, .a_step = 1, .b_step = block, .depth = a.width,
-                      .out = weights + first * across, .out_row = across},
+                      .out = weights + first * across, .out_row = across, .ahead = &ahead},
                      count * group - first, round_up(some));
             for (int64_t r = first; r < count * group; r++)
                 weigh(r, std::min(some, history + from + r / group + 1 - at), some);
             multiply({.a = weights + first * across, .b = values, .a_row = across, .a_step = 1, .b_step = row, .depth = some,
                       .base = at ? sums + first * row : nullptr, .fades = fades + first, .out = sums + first * row,
-                      .out_row = row},
+                      .out_row = row, .ahead = &ahead},
                      count * group - first, wide);
         }
         for (int64_t r = 0; r < count * group; r++) {

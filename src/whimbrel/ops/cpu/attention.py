@@ -10,7 +10,7 @@ from torch import Tensor
 from whimbrel.ops.cpu.library import address, call, fits, structure
 from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
-from whimbrel.ops.torch import attention as vectorised
+from whimbrel.ops.torch.attention import attention as of_torch
 
 _Attention = structure(
     "Attention", "q k v y queries keys", "sequences heads kv_heads width q_stride k_stride v_stride"
@@ -27,7 +27,7 @@ def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, ke
     row = (q_THE, k_UKE, v_UKE)
     learn = torch.is_grad_enabled() and any(x.requires_grad for x in row)
     if learn or not fits(*row) or not queries.tokens:
-        return vectorised.attention(*row, queries, keys)
+        return of_torch(*row, queries, keys)
     q, k, v = (_rows(x.detach()) for x in row)
     y_THE, cuts = fresh(*q.shape), [torch.tensor(cut.offsets) for cut in (queries, keys)]
     sizes: Sequence[int] = (queries.count, q.shape[1], k.shape[1], q.shape[2], q.stride(0), k.stride(0), v.stride(0))
