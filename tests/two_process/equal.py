@@ -14,6 +14,7 @@ from small import CLASSIC, HYBRID, Rows, model
 
 from whimbrel.compress.distill import Distillation
 from whimbrel.model.config import ModelConfig
+from whimbrel.model.language import LanguageModel
 from whimbrel.parallel import Axes, Share, applied, local
 from whimbrel.parallel import gradients as sums
 from whimbrel.parallel.pieces import parts
@@ -24,6 +25,8 @@ from whimbrel.train.plan import held_bytes
 from whimbrel.train.step import accumulate, train_step
 
 MICRO = 8
+TOLERANCE = 1e-5
+"""Of weights after two steps of 1e-3."""
 CASES = {
     2: [{"data": 2}, {"fsdp": 2}, {"context": 2}, {"tensor": 2}],
     4: [
@@ -35,8 +38,11 @@ CASES = {
 }
 
 
-def worst(mine: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], config: ModelConfig, share: Share) -> Any:
-    """The largest |difference| - 1e-6 |value| of what lies here, and where."""
+Tensors = dict[str, torch.Tensor]
+
+
+def worst(mine: Tensors, whole: Tensors, config: ModelConfig, share: Share, left_out: Tensors | None = None) -> Any:
+    """The largest |difference| - 1e-6 |value| of what lies here, and where; `left_out` says what is not looked at."""
     table, found = cuts(config), (0.0, "")
     for name, tensor in mine.items():
         for part in parts(tensor, table.get(name), share):
@@ -44,9 +50,48 @@ def worst(mine: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], config:
                 place = tuple(slice(a, a + n) for a, n in zip(part.offset, part.tensor.shape, strict=True))
                 wanted = whole[name][place]
                 assert wanted.shape == part.tensor.shape, name
-                off = ((part.tensor - wanted).abs() - 1e-6 * wanted.abs()).max().item()
-                found = max(found, (off, name))
+                off = (part.tensor - wanted).abs() - 1e-6 * wanted.abs()
+                if left_out is not None:
+                    off = off.masked_fill(left_out[name][place], 0.0)
+                found = max(found, (off.max().item(), name))
     return found
+
+
+def two_steps(made: LanguageModel, batches: list[Any], clip: float) -> tuple[list[Tensors], torch.optim.AdamW]:
+    """Move the weights twice; returns the clipped gradients of each step, as they lie here, and the optimizer."""
+    adam, seen = adamw(made, OptimizerSettings()), list[Tensors]()
+    adam.register_step_pre_hook(
+        lambda *_: seen.append({n: local(p.grad).clone() for n, p in made.named_parameters() if p.grad is not None})
+    )
+    for _ in range(2):
+        train_step(made, CrossEntropy(), batches, adam, clip=clip)
+    return seen, adam
+
+
+def moments(made: LanguageModel, adam: torch.optim.AdamW, name: str) -> Tensors:
+    """One of AdamW's moments by parameter."""
+    return {n: adam.state[p][name] for n, p in made.named_parameters()}
+
+
+def undecided(rounded: list[Tensors], exact: list[Tensors]) -> Tensors:
+    """Which weights float32 alone decides: AdamW divides a gradient by its own size, so that of one that is nearly
+    nothing the rounding is what counts. `rounded` and `exact` are the gradients of both steps on one rank, in float32
+    and float64; the root of their mean squared distance is the rounding of a tensor. An entry is left out if four times
+    that in either of two runs can move the weight by more than TOLERANCE between them.
+    """
+    how, left_out = OptimizerSettings(), Tensors()
+
+    def moves(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        mean = (how.beta1 * first + second) / (1 + how.beta1)
+        square = (how.beta2 * first.square() + second.square()) / (1 + how.beta2)
+        return how.learning_rate * (first / (first.abs() + how.eps) + mean / (square.sqrt() + how.eps))
+
+    for name, first in exact[0].items():
+        second, still = exact[1][name], moves(first, exact[1][name])
+        a, b = (4 * (mine[name] - true[name]).square().mean().sqrt() for mine, true in zip(rounded, exact, strict=True))
+        far = [(moves(first + x * a, second + y * b) - still).abs() for x in (-1, 1) for y in (-1, 1)]
+        left_out[name] = 2 * torch.stack(far).amax(0) > TOLERANCE
+    return left_out
 
 
 def taught(config: ModelConfig, axes: Axes) -> dict[str, Any]:
@@ -68,16 +113,16 @@ def taught(config: ModelConfig, axes: Axes) -> dict[str, Any]:
 
 
 def case(config: ModelConfig, axes: Axes, recompute: bool) -> dict[str, Any]:
-    """Loss, gradients, their norm, and weights after two clipped steps."""
+    """Loss, gradients, their norm, and moments and weights after two clipped steps."""
     alone, spread, source = model(config), model(config), Rows()
     batches = [source.batch(i) for i in range(MICRO)]
     loss, _ = accumulate(alone, CrossEntropy(), batches, learn=True)
     wanted = {name: p.grad.clone() for name, p in alone.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(list(wanted.values())).item()
     alone.zero_grad()
-    adam = adamw(alone, OptimizerSettings())
-    for _ in range(2):
-        train_step(alone, CrossEntropy(), batches, adam, clip=norm / 3)
+    rounded, adam = two_steps(alone, batches, norm / 3)
+    left_out = undecided(rounded, two_steps(model(config).double(), batches, norm / 3)[0])
+    share_left_out = sum(int(one.sum()) for one in left_out.values()) / sum(one.numel() for one in left_out.values())
     with applied(spread, axes, recompute=recompute) as share:
         own = [batches[i] for i in share.mine(MICRO)]
         seen, _ = accumulate(spread, CrossEntropy(), own, learn=True)
@@ -86,13 +131,14 @@ def case(config: ModelConfig, axes: Axes, recompute: bool) -> dict[str, Any]:
         off = worst(here, wanted, config, share)
         found = {"loss": abs(seen - loss), "gradient": off, "norm": abs(sums.norm(spread, share).item() / norm - 1)}
         spread.zero_grad()
-        adam = adamw(spread, OptimizerSettings())
-        for _ in range(2):
-            train_step(spread, CrossEntropy(), own, adam, clip=norm / 3)
-        after = worst(dict(spread.state_dict()), dict(alone.state_dict()), config, share)
+        _, other = two_steps(spread, own, norm / 3)
+        after = worst(dict(spread.named_parameters()), dict(alone.named_parameters()), config, share, left_out)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found[moment] = worst(moments(spread, other, moment), moments(alone, adam, moment), config, share)
         held = sum(local(p).nbytes for p in spread.parameters())
         everywhere = share.collect(found | {"weights": after, "same": sorted(here) == sorted(wanted), "held": held})
     return {key: max(one[key] for one in everywhere) for key in found} | {
+        "left_out": share_left_out,
         "weights": max(one["weights"] for one in everywhere),
         "held": [max(one["held"] for one in everywhere), held_bytes(config, axes)[0]],
         "same": all(one["same"] for one in everywhere),
