@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +59,13 @@ def worst(mine: Tensors, whole: Tensors, config: ModelConfig, share: Share, left
     return found
 
 
-def two_steps(made: LanguageModel, batches: list[Any], clip: float) -> tuple[list[Tensors], torch.optim.AdamW]:
-    """Move the weights twice; returns the clipped gradients of each step, as they lie here, and the optimizer."""
-    adam, seen = adamw(made, OptimizerSettings()), list[Tensors]()
-    adam.register_step_pre_hook(
-        lambda *_: seen.append({n: local(p.grad).clone() for n, p in made.named_parameters() if p.grad is not None})
-    )
+def two_steps(made: LanguageModel, batches: list[Any], clip: float) -> tuple[Watch, torch.optim.AdamW]:
+    """Move the weights twice; returns the clipped gradients of each step, and the optimizer."""
+    watch = Watch()
+    adam = watch.adamw(made, OptimizerSettings())
     for _ in range(2):
         train_step(made, CrossEntropy(), batches, adam, clip=clip)
-    return seen, adam
+    return watch, adam
 
 
 def moments(made: LanguageModel, adam: torch.optim.AdamW, name: str) -> Tensors:
@@ -73,25 +73,57 @@ def moments(made: LanguageModel, adam: torch.optim.AdamW, name: str) -> Tensors:
     return {n: adam.state[p][name] for n, p in made.named_parameters()}
 
 
-def undecided(rounded: list[Tensors], exact: list[Tensors]) -> Tensors:
+@dataclass
+class Watch:
+    """The gradients that optimizers are given, as they lie here, and the rate of each step."""
+
+    steps: list[tuple[Tensors, float]] = field(default_factory=list)
+
+    def adamw(self, made: LanguageModel, settings: OptimizerSettings) -> torch.optim.AdamW:
+        """In the place of `optimizer.adamw`."""
+        adam = adamw(made, settings)
+        adam.register_step_pre_hook(lambda *_: self._note(made, adam))
+        return adam
+
+    def _note(self, made: LanguageModel, adam: torch.optim.AdamW) -> None:
+        held = {n: local(p.grad).clone() for n, p in made.named_parameters() if p.grad is not None}
+        self.steps.append((held, adam.param_groups[0]["lr"]))
+
+
+def moved(gradients: Sequence[torch.Tensor], rates: Sequence[float]) -> torch.Tensor:
+    """What AdamW takes from a weight in these steps, without decay."""
+    how, total = OptimizerSettings(), torch.zeros_like(gradients[0])
+    mean, square = torch.zeros_like(total), torch.zeros_like(total)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        mean = how.beta1 * mean + (1 - how.beta1) * gradient
+        square = how.beta2 * square + (1 - how.beta2) * gradient.square()
+        root = (square / (1 - how.beta2**step)).sqrt()
+        total = total + rate * mean / (1 - how.beta1**step) / (root + how.eps)
+    return total
+
+
+def undecided(rounded: Watch, exact: Watch, tolerance: float) -> Tensors:
     """Which weights float32 alone decides: AdamW divides a gradient by its own size, so that of one that is nearly
-    nothing the rounding is what counts. `rounded` and `exact` are the gradients of both steps on one rank, in float32
-    and float64; the root of their mean squared distance is the rounding of a tensor. An entry is left out if four times
-    that in either of two runs can move the weight by more than TOLERANCE between them.
+    nothing the rounding is what counts. `rounded` and `exact` are what one rank computes in float32 and in float64; the
+    root of their mean squared distance is the rounding of a row in a step. An entry is left out if four times that
+    in either of two runs can move the weight by more than `tolerance` between them.
     """
-    how, left_out = OptimizerSettings(), Tensors()
-
-    def moves(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        mean = (how.beta1 * first + second) / (1 + how.beta1)
-        square = (how.beta2 * first.square() + second.square()) / (1 + how.beta2)
-        return how.learning_rate * (first / (first.abs() + how.eps) + mean / (square.sqrt() + how.eps))
-
-    for name, first in exact[0].items():
-        second, still = exact[1][name], moves(first, exact[1][name])
-        a, b = (4 * (mine[name] - true[name]).square().mean().sqrt() for mine, true in zip(rounded, exact, strict=True))
-        far = [(moves(first + x * a, second + y * b) - still).abs() for x in (-1, 1) for y in (-1, 1)]
-        left_out[name] = 2 * torch.stack(far).amax(0) > TOLERANCE
+    rates, left_out = [rate for _, rate in exact.steps], Tensors()
+    for name in exact.steps[0][0]:
+        true = [held[name] for held, _ in exact.steps]
+        away = [4 * (held[name] - one).square().mean(-1, keepdim=True).sqrt()
+                for (held, _), one in zip(rounded.steps, true, strict=True)]  # fmt: skip
+        still, far = moved(true, rates), torch.zeros_like(true[0])
+        for signs in product((-1, 1), repeat=len(rates)):
+            other = moved([one + sign * off for one, sign, off in zip(true, signs, away, strict=True)], rates)
+            far = torch.maximum(far, (other - still).abs())
+        left_out[name] = 2 * far > tolerance
     return left_out
+
+
+def share_of(left_out: Tensors) -> float:
+    """Of all weights."""
+    return sum(int(one.sum()) for one in left_out.values()) / sum(one.numel() for one in left_out.values())
 
 
 def taught(config: ModelConfig, axes: Axes) -> dict[str, Any]:
@@ -121,8 +153,7 @@ def case(config: ModelConfig, axes: Axes, recompute: bool) -> dict[str, Any]:
     norm = torch.nn.utils.get_total_norm(list(wanted.values())).item()
     alone.zero_grad()
     rounded, adam = two_steps(alone, batches, norm / 3)
-    left_out = undecided(rounded, two_steps(model(config).double(), batches, norm / 3)[0])
-    share_left_out = sum(int(one.sum()) for one in left_out.values()) / sum(one.numel() for one in left_out.values())
+    left_out = undecided(rounded, two_steps(model(config).double(), batches, norm / 3)[0], TOLERANCE)
     with applied(spread, axes, recompute=recompute) as share:
         own = [batches[i] for i in share.mine(MICRO)]
         seen, _ = accumulate(spread, CrossEntropy(), own, learn=True)
@@ -138,7 +169,7 @@ def case(config: ModelConfig, axes: Axes, recompute: bool) -> dict[str, Any]:
         held = sum(local(p).nbytes for p in spread.parameters())
         everywhere = share.collect(found | {"weights": after, "same": sorted(here) == sorted(wanted), "held": held})
     return {key: max(one[key] for one in everywhere) for key in found} | {
-        "left_out": share_left_out,
+        "left_out": share_of(left_out),
         "weights": max(one["weights"] for one in everywhere),
         "held": [max(one["held"] for one in everywhere), held_bytes(config, axes)[0]],
         "same": all(one["same"] for one in everywhere),

@@ -170,6 +170,10 @@ class Share:
         sums = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device)
         return dict(zip(names, self.add(sums, axes).tolist(), strict=True))
 
+    def dealt(self, count: int) -> list[int]:
+        """Which of `count` things that need no other rank's help this rank does, whatever its place in the grid."""
+        return list(range(self.rank, count, self.axes.processes))
+
     def mine(self, count: int) -> list[int]:
         """Which of `count` micro-batches this rank computes: every copies-th, so that all of a step's are always the
         same whatever the number of ranks.
