@@ -201,7 +201,7 @@ def test_hosts_are_read_from_torchruns_words_or_from_slurm(words: Any, place: Ho
         ((2, None, "a:1", {}), "--node-rank is None; set --node-rank from 0 to 1"),
         ((2, 2, "a:1", {}), "--node-rank is 2; set --node-rank from 0 to 1"),
         ((2, 1, None, {}), "--rdzv-endpoint is None; set it to the name of host 0 and a port, for example node1:29400"),
-        ((None, None, None, {}, 2), "launch.nodes is 2, but this host was started alone; start it on 2 hosts, each with"),
+        ((None, None, None, {}, 2), "launch.nodes is 2, but this host was started alone; start it on 2 hosts, each"),
         ((None, None, None, {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "a[1-3]"}, 2),
          "launch.nodes is 2, but srun started 3; .* or set launch.nodes to 3"),
         ((2, 1, "a:b", {}), "--rdzv-endpoint is a:b; set it"),

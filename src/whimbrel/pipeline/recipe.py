@@ -3,7 +3,7 @@
 name: first-flight
 about: One sentence for the report.
 seed: 0                       # for every stage that has a seed and is not given one
-launch: {nodes: 2}            # hosts that it wants; may be left out
+launch: {nodes: 1}            # hosts that it wants; may be left out
 stages:
   documents:                  # a name of your choice, and the folder it is written to
     stage: data               # one of the table in stages.py
