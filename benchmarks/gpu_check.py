@@ -219,25 +219,27 @@ def draws(device: torch.device) -> tuple[float, float]:
     the share of rows that differ (none may).
     """
     from whimbrel.engine.graphs import record
-    from whimbrel.engine.sampler import Draw, draw, numbers
+    from whimbrel.engine.sampler import Draw, draw, kinds, numbers
     from whimbrel.engine.sampling import Sampling
 
     said = [Sampling(temperature=0), Sampling(temperature=1.0), Sampling(temperature=0.8, top_p=0.9),
             Sampling(temperature=1.2, top_k=40, min_p=0.05), Sampling(temperature=0.7, top_k=2000, top_p=0.5),
-            Sampling(temperature=50.0, top_p=0.99)]  # fmt: skip
-    logits = 3 * torch.randn(24, 20_000)
-    rows = [[Draw(said[row % len(said)], row, 0, position) for row in range(24)] for position in (5, 6)]
-    there, sent = logits.to(device), numbers(rows[0]).to(device)
+            Sampling(temperature=50.0, top_p=0.99), Sampling(temperature=0.9, repetition_penalty=1.3)]  # fmt: skip
+    said = said[4:] + said[:4]  # of the rows that may be ordered whole (the first five) two need it
+    logits, seen = 3 * torch.randn(28, 20_000), torch.rand(28, 20_000) < 0.3
+    rows = [[Draw(said[row % len(said)], row, 0, position, seen[row]) for row in range(28)] for position in (5, 6)]
+    there, sent, marked, kind = logits.to(device), numbers(rows[0]).to(device), seen.to(device), kinds(rows[0])
+    kind = kind._replace(ordered=5)
     if device.type == "cuda":
-        graph, ids = record(lambda: draw(there, sent, True, True))
+        graph, ids = record(lambda: draw(there, sent, kind, marked))
     wrong = 0
     for batch in rows:
         sent.copy_(numbers(batch))
         if device.type == "cuda":
             graph.replay()
         else:
-            ids = draw(there, sent, True, True)
-        wrong += (ids.cpu() != draw(logits, numbers(batch), True, True)).sum().item()
+            ids = draw(there, sent, kind, marked)
+        wrong += (ids.cpu() != draw(logits, numbers(batch), kind, seen)).sum().item()
     assert not wrong, f"{wrong} of {2 * len(logits)} draws differ from the host's"
     return 0.0, 0.0
 

@@ -85,6 +85,24 @@ def test_settings_of_training_need_the_word(capsys: pytest.CaptureFixture[str]) 
     assert "tokens=1e9 is a setting of training; add --train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("kv_dtype=fp8", "keys and values have the dtype of the arithmetic; set --dtype"),
+        ("state_dtype=float16", "state_dtype=float16 is an option; write --state-dtype float16"),
+        ("batch=3", "write --batch 3"),
+        ("parallel.fsdp=2", "parallel.fsdp=2 is a setting of training; add --train"),
+        ("tokes=3", "unknown setting 'tokes'; did you mean 'tokens'?"),
+    ],
+)
+def test_a_setting_in_the_wrong_place_is_told_where_it_belongs(
+    capsys: pytest.CaptureFixture[str], said: str, words: str
+) -> None:
+    assert cli.main(["plan", "hybrid-tiny", "--memory", "1GiB", "--context", "512", said]) == 2
+    found = capsys.readouterr().err
+    assert words in found and found.count("\n") == 1
+
+
 def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("plan", "nemotron-nano-12b-v2", "--memory", "19.66GiB", "--context", "131072", "--bandwidth", "600GB/s")
     assert cli.main(words) == 0

@@ -201,7 +201,7 @@ def plan(
     if train:
         made: Any = planning.train(model, memory, context, overrides or (), **words)
     elif overrides:
-        raise UserError(f"{overrides[0]} is a setting of training; add --train")
+        raise planning.misplaced(overrides[0], {"memory", "context", "bandwidth", "state_dtype", *words})
     else:
         made = planning.run(model, memory, context, bandwidth=bandwidth, state_dtype=state_dtype, **words)
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(made.lines()))

@@ -8,6 +8,7 @@ import torch
 from whimbrel import ops
 from whimbrel.engine import Engine, Sampling
 from whimbrel.engine.graphs import DecodeGraphs, bucket
+from whimbrel.engine.sampler import Kinds, sample
 from whimbrel.errors import UserError
 from whimbrel.model import fewbits
 from whimbrel.model.linear import pack_model
@@ -118,9 +119,63 @@ def test_a_batch_of_unlike_settings_draws_what_each_draws_alone_on_the_host(hybr
     prompts = [[70 + i, 80] for i in range(len(settings))]
     engine = graphed(hybrid, tokenizer, max_sequences=6, kv_tokens=256)
     together = [answer.ids for answer in engine.generate(prompts, settings)]
-    assert {key[2] for key in engine._graphs._steps} >= {(True, True)}
+    assert {key[2] for key in engine._graphs._steps} >= {Kinds(True, True, True)}
     alone = Engine(hybrid, tokenizer, max_sequences=1, kv_tokens=64)
     assert together == [next(alone.generate([p], s)).ids for p, s in zip(prompts, settings, strict=True)]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Rows that the host was asked to draw, one number a call."""
+    rows = []
+
+    def counted(logits_SV, draws):
+        rows.append(len(draws))
+        return sample(logits_SV, draws)
+
+    monkeypatch.setattr("whimbrel.engine.engine.sample", counted)
+    return rows
+
+
+def test_penalties_are_drawn_in_the_step_whoever_had_the_slot_before(hybrid, tokenizer, asked):
+    """Unlike penalties over two slots, with blocks that run out: the record follows each sequence, never its slot."""
+    penalties = [2.0, 1.0, 1.5, 0.7, 3.0, 1.2]
+    settings = [Sampling(max_tokens=20 + 3 * n, temperature=[0.0, 0.9][n % 2], seed=n, ignore_eos=True,
+                         repetition_penalty=penalty) for n, penalty in enumerate(penalties)]  # fmt: skip
+    prompts = [[70 + n] * (1 + 9 * n) for n in range(len(settings))]
+    alone = Engine(hybrid, tokenizer, max_sequences=1, kv_tokens=128)
+    wanted = [next(alone.generate([p], s)).ids for p, s in zip(prompts, settings, strict=True)]
+    free = [
+        next(alone.generate([p], replace(s, repetition_penalty=1.0))).ids
+        for p, s in zip(prompts, settings, strict=True)
+    ]
+    assert sum(a != b for a, b in zip(wanted, free, strict=True)) == 5
+    engine = graphed(hybrid, tokenizer, max_sequences=2, kv_tokens=112)
+    queued = [engine.add(p, s, i)[0] for i, (p, s) in enumerate(zip(prompts, settings, strict=True))]
+    asked.clear()
+    while any(sequence.finish is None for sequence in queued):
+        engine.step()
+    assert [sequence.answer().ids for sequence in queued] == wanted
+    assert sum(sequence.preempted for sequence in queued), "nothing gave way, so no record was made twice"
+    drawn = sum(len(ids) for ids in wanted)
+    assert sum(asked) < drawn / 3, "the host draws beside prompts alone"
+
+
+def test_rows_beyond_the_likeliest_are_ordered_in_the_step_from_the_second_time_on(
+    make_model, hybrid, tokenizer, asked
+):
+    model = make_model(replace(hybrid.config, vocab_size=2500), 3)
+    said = [Sampling(temperature=50.0, top_p=0.99), Sampling(temperature=0.7), Sampling(temperature=3.0, top_k=1500),
+            Sampling(), Sampling(temperature=0.5, top_p=0.9)]  # fmt: skip
+    said = [replace(s, max_tokens=12, seed=n, ignore_eos=True) for n, s in enumerate(said)]
+    prompts, quiet = [[70 + n] for n in range(5)], {"report": lambda event: None}
+    alone = Engine(model, tokenizer, max_sequences=1, kv_tokens=64, **quiet)
+    wanted = [next(alone.generate([p], s)).ids for p, s in zip(prompts, said, strict=True)]
+    engine = graphed(model, tokenizer, max_sequences=5, kv_tokens=512, **quiet)
+    asked.clear()
+    assert [answer.ids for answer in engine.generate(prompts, said)] == wanted
+    assert asked == [5, 1], "the first step, beside the prompts, and the flat row once"
+    assert {key[2].ordered for key in engine._graphs._steps} == {1, 2}
 
 
 def test_weights_that_moved_are_recorded_anew(make_model, hybrid, tokenizer):

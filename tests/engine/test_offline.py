@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+from dataclasses import replace
 
 import pytest
 
 from whimbrel.engine import Engine, Sampling
-from whimbrel.engine.offline import generate_file
+from whimbrel.engine.offline import generate_file, read_rows
 from whimbrel.errors import UserError
+from whimbrel.model import fewbits
 
 SAMPLING = Sampling(max_tokens=6, temperature=1.0, seed=3)
 
@@ -106,6 +108,22 @@ def test_a_file_without_a_prompt_is_refused(engine, tmp_path):
     with pytest.raises(UserError, match="holds no prompt; write one JSON object a line"):
         generate_file(engine, tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl")
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_answers_of_other_dtypes_are_not_mixed(make_model, hybrid, engine, tokenizer, prompts, tmp_path):
+    """float32 keeps the keys that files have had so far."""
+    out = tmp_path / "out.jsonl"
+    generate_file(engine, prompts, out, SAMPLING, name="a")
+    assert read(out)[0]["key"] == next(read_rows(prompts, SAMPLING, "a")).key
+    half = Engine(hybrid, tokenizer, max_sequences=3, kv_tokens=512, state_dtype="float16")
+    wide = Engine(make_model(hybrid.config, 0).double(), tokenizer, max_sequences=3, kv_tokens=512)
+    few = make_model(replace(hybrid.config, intermediate_size=64, mamba_num_heads=8), 3)
+    fewbits.to_fp8(few)
+    for other in (half, wide, Engine(few, tokenizer, max_sequences=3, kv_tokens=512)):
+        with pytest.raises(UserError, match=r"out.jsonl, line 1 does not answer line 1"):
+            generate_file(other, prompts, out, SAMPLING, name="a")
+    assert generate_file(half, prompts, tmp_path / "half.jsonl", SAMPLING, name="a")["answers"] == 5
+    assert generate_file(half, prompts, tmp_path / "half.jsonl", SAMPLING, name="a")["answers"] == 0
 
 
 def test_answers_of_other_prompts_settings_or_models_are_not_mixed(engine, prompts, tmp_path):

@@ -1,11 +1,12 @@
 """The sampler against a plain float64 definition, and its randomness row by row."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from whimbrel.engine.sampler import Draw, draw, kinds, numbers, sample, top_log_probs, uniform, uniforms
+from whimbrel.engine.sampler import Draw, Kinds, draw, kinds, numbers, sample, top_log_probs, uniform, uniforms
 from whimbrel.engine.sampling import Sampling
 
 
@@ -66,8 +67,10 @@ def test_top_p_is_a_share_of_what_top_k_keeps_however_many_that_are(top_k):
     drawn = sample(logits.expand(3000, -1), draws)
     assert set(drawn) <= allowed
     assert min(drawn) < min(allowed) + 30, "the unlikely end of what is kept is drawn too"
-    ids = draw(logits.expand(3000, -1), numbers(draws), False, True).tolist()
+    ids = draw(logits.expand(3000, -1), numbers(draws), Kinds(False, True)).tolist()
     assert ids == (drawn if top_k <= 1024 else [-1] * 3000)
+    ids = draw(logits.expand(3000, -1), numbers(draws), Kinds(False, True, ordered=700)).tolist()
+    assert ids == (drawn if top_k <= 1024 else drawn[:700] + [-1] * 2300)
 
 
 def test_a_peaked_row_needs_no_order_of_the_whole_unless_top_k_is_between():
@@ -75,29 +78,45 @@ def test_a_peaked_row_needs_no_order_of_the_whole_unless_top_k_is_between():
     logits = torch.linspace(0, 60, 3000)
     for top_k, known in ((0, True), (10, True), (2000, False), (3000, True)):
         draws = [Draw(Sampling(temperature=1.0, top_k=top_k, top_p=0.5), 0, 0, position) for position in range(50)]
-        ids = draw(logits.expand(50, -1), numbers(draws), False, True).tolist()
+        ids = draw(logits.expand(50, -1), numbers(draws), Kinds(False, True)).tolist()
         assert ids == (sample(logits.expand(50, -1), draws) if known else [-1] * 50)
 
 
 def test_draws_on_the_device_are_those_of_the_host():
-    """Every setting in one batch, greedy rows too; only where all V must be sorted the host is asked (-1)."""
+    """Every setting in one batch, greedy and penalised rows too; only where all V must be sorted and the row is not
+    among the first is the host asked (-1).
+    """
     mixed = [
         Sampling(),
         *SETTINGS,
         Sampling(temperature=2.0, top_k=1500),
         Sampling(temperature=0.4, top_p=0.99, seed=1),
+        Sampling(repetition_penalty=1.3),
+        Sampling(temperature=0.9, top_p=0.9, repetition_penalty=1.7),
+        Sampling(temperature=1.1, repetition_penalty=0.6),
     ]
-    draws = [Draw(mixed[row % len(mixed)], row, 0, row) for row in range(900)]
     logits = 3 * torch.randn(900, 3000, generator=torch.Generator().manual_seed(4))
-    assert kinds(draws) == (True, True)
-    mine, true = draw(logits, numbers(draws), True, True).tolist(), sample(logits, draws)
+    seen = torch.rand(900, 3000, generator=torch.Generator().manual_seed(5)) < 0.4
+    settings = [mixed[row % len(mixed)] for row in range(900)]
+    draws = [Draw(s, row, 0, row, seen[row] if s.repetition_penalty != 1 else None) for row, s in enumerate(settings)]
+    assert kinds(draws) == (True, True, True, True, True, 0)
+    assert kinds([draws[8]._replace(wide=True)]) == (False, True, False, False, False, 1)
+    mine, true = draw(logits, numbers(draws), kinds(draws), seen).tolist(), sample(logits, draws)
+    before = sample(logits, [d._replace(sampling=replace(d.sampling, repetition_penalty=1.0)) for d in draws])
+    assert sum(a != b for a, b in zip(before, true, strict=True)) > 100, "a penalty changes what is drawn"
+    assert true == [sample(logits[row : row + 1], [one])[0] for row, one in enumerate(draws)]
+    assert sample(logits, [one._replace(wide=row % 5 == 0) for row, one in enumerate(draws)]) == true
+    some = draw(logits, numbers(draws), kinds(draws)._replace(ordered=450), seen).tolist()
+    assert some[:450] == true[:450] and some[450:] == mine[450:]
     asked = [row for row, token in enumerate(mine) if token < 0]
     assert [t for row, t in enumerate(mine) if row not in asked] == [
         t for row, t in enumerate(true) if row not in asked
     ]
     assert asked and {mixed[row % len(mixed)].top_k for row in asked if row % len(mixed) == 7} == {1500}
     assert not any(row % len(mixed) in (0, 1, 2, 4, 5) for row in asked), "whole rows and short lists never need it"
-    assert draw(logits, numbers(draws), False, False).equal(logits.argmax(-1)), "greedy is the likeliest, bit for bit"
+    assert draw(logits, numbers(draws), Kinds(False, False)).equal(logits.argmax(-1)), (
+        "greedy is the likeliest, bit for bit"
+    )
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
@@ -105,7 +124,7 @@ def test_frequencies_on_the_device_follow_the_definition(sampling):
     """Chi-square against the definition: its 0.9999 quantile for 11 degrees of freedom is 37.4."""
     logits, rows = 2 * torch.randn(12, generator=torch.Generator().manual_seed(1)), 4000
     draws = [Draw(sampling, 11, 0, position) for position in range(rows)]
-    ids = draw(logits.expand(rows, -1), numbers(draws), *kinds(draws))
+    ids = draw(logits.expand(rows, -1), numbers(draws), kinds(draws))
     counts, wanted = torch.bincount(ids, minlength=12).double(), rows * expected(logits, sampling)
     assert not counts[wanted == 0].any()
     inside = wanted > 0

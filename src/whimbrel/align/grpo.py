@@ -29,7 +29,6 @@ from whimbrel.align.rollout import Sample, accuracy, pack, read_prompts, reward
 from whimbrel.align.tuning import check_axes, check_counts, check_shares, load
 from whimbrel.data.order import Permutation
 from whimbrel.engine import Engine, Sampling
-from whimbrel.engine.memory import default_kv_tokens
 from whimbrel.engine.prompt import read_prompt
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
@@ -327,8 +326,8 @@ def limit(engine: Engine, rows: Sequence[Row], max_tokens: int) -> None:
     vocabulary, size = engine.model.config.vocab_size, engine.block_size
     longest = max(len(read_prompt(row["prompt"], engine.tokenizer, on, vocabulary)[0])
                   for row in rows for on in (True, False))  # fmt: skip
-    most = default_kv_tokens(engine.model.config, engine.max_sequences, size, engine.dtype, engine.device)
-    engine.kv_tokens = min(most, engine.max_sequences * -(-(longest + max_tokens) // size) * size)
+    sequences, most = engine.sizes()
+    engine.kv_tokens = min(most, sequences * -(-(longest + max_tokens) // size) * size)
 
 
 @torch.no_grad()

@@ -18,10 +18,10 @@ import torch
 
 from whimbrel.engine.answer import Answer, Chunk
 from whimbrel.engine.graphs import DecodeGraphs
-from whimbrel.engine.memory import check_state_dtype, default_kv_tokens
+from whimbrel.engine.memory import SHARE, Room, check_state_dtype, free_memory, sizes
 from whimbrel.engine.pool import Pool
 from whimbrel.engine.prompt import Prompt, read_prompt
-from whimbrel.engine.sampler import LogProb, on_device, sample, top_log_probs
+from whimbrel.engine.sampler import CANDIDATES, LogProb, pick, sample, top_log_probs
 from whimbrel.engine.sampling import Sampling
 from whimbrel.engine.scheduler import Scheduler, Work
 from whimbrel.engine.score import score_pairs
@@ -31,6 +31,7 @@ from whimbrel.errors import UserError
 from whimbrel.events import Report
 from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
+from whimbrel.ops.segments import put
 from whimbrel.text.thinking import CLOSE
 from whimbrel.text.tokenizer import Tokenizer
 
@@ -45,9 +46,9 @@ class Engine:
     """Runs a model for many requests at once. Nothing is allocated before `start()` (called by the first request if
     need be).
 
-    `max_sequences` run at once; `kv_tokens` tokens of keys and values for all of them (None: what the free memory
-    allows, at most `max_sequences` full contexts) in blocks of `block_size`; `prefill_tokens` tokens of prompts in one
-    step. `state_dtype`: float32, or float16, rounded at random (docs/gpu.md).
+    `max_sequences` run at once; `kv_tokens` tokens of keys and values for all of them in blocks of `block_size`;
+    `prefill_tokens` tokens of prompts in one step. None: what `memory` bytes hold, or the free memory if that is None
+    too (docs/engine.md). `state_dtype`: float32, or float16, rounded at random (docs/gpu.md).
     """
 
     def __init__(
@@ -55,16 +56,17 @@ class Engine:
         model: LanguageModel,
         tokenizer: Tokenizer,
         *,
-        max_sequences: int = 16,
+        max_sequences: int | None = None,
         kv_tokens: int | None = None,
         block_size: int = 16,
         prefill_tokens: int = 512,
         state_dtype: str = "float32",
+        memory: int | None = None,
         report: Report = warn,
     ) -> None:
-        sizes = {"max_sequences": max_sequences, "block_size": block_size, "prefill_tokens": prefill_tokens}
-        for name, value in (sizes if kv_tokens is None else sizes | {"kv_tokens": kv_tokens}).items():
-            if value < 1:
+        given = {"max_sequences": max_sequences, "block_size": block_size, "prefill_tokens": prefill_tokens}
+        for name, value in (given | {"kv_tokens": kv_tokens, "memory": memory}).items():
+            if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1; set {name} to 16")
         self.state_dtype = check_state_dtype(state_dtype)
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -76,7 +78,7 @@ class Engine:
             words = f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
             report({"event": "warning", "text": f"{words}; ids without text are left out: is it this model's own?"})
         self.model, self.tokenizer, self.report = model, tokenizer, report
-        self.max_sequences, self.kv_tokens = max_sequences, kv_tokens
+        self._asked, self.kv_tokens, self.memory = max_sequences, kv_tokens, memory
         self.block_size, self.prefill_tokens = block_size, prefill_tokens
         self.device, self.dtype = model.device, model.dtype
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
@@ -93,14 +95,24 @@ class Engine:
         self._running()
         return self
 
+    def sizes(self) -> tuple[int, int]:
+        """Sequences, and tokens of keys and values, that `start` makes room for; `UserError` where not one fits."""
+        memory = self.memory or int(free_memory(self.device) * SHARE.get(self.device.type, 0.5))
+        name = str(self.dtype).removeprefix("torch.")
+        room = Room(self.model.config, memory, name, self.state_dtype, self.block_size, self.prefill_tokens)
+        return sizes(room, self._asked, self.kv_tokens, self.memory is not None or self.device.type != "cpu")
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that run at once: those asked for, or those that the memory holds, which is taken to know."""
+        return self._asked or self._running().pool.slots
+
     def _running(self) -> Scheduler:
         if self._scheduler is None:
-            kv_tokens = self.kv_tokens or default_kv_tokens(
-                self.model.config, self.max_sequences, self.block_size, self.dtype, self.device, self.state_dtype
-            )
+            sequences, kv_tokens = self.sizes()
             pool = Pool(
                 self.model.config,
-                slots=self.max_sequences,
+                slots=sequences,
                 kv_tokens=kv_tokens,
                 block_size=self.block_size,
                 dtype=self.dtype,
@@ -135,6 +147,7 @@ class Engine:
                 index=index,
                 sample=number,
             )
+            sequence.wide = sampling.temperature != 0 and CANDIDATES < sampling.top_k < self.model.config.vocab_size
             scheduler.add(sequence)
             sequences.append(sequence)
         return sequences
@@ -179,19 +192,21 @@ class Engine:
             [sequence.cached for sequence, _ in work],
             slots=slots_S,
             block_table=block_table,
-            rows=None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64, device=self.device),
+            rows=None if len(rows) == len(tokens) else put(rows, self.device),
             device=self.device,
         )
-        hidden_SD = self.model(torch.tensor(tokens, device=self.device), layout, pool.state)
+        hidden_SD = self.model(put(tokens, self.device), layout, pool.state)
         for sequence, count in work:
             sequence.cached += count
         if due:
-            self._choose(self.model.head(hidden_SD), due)
+            logits_SV = self.model.head(hidden_SD)
+            self._append(logits_SV, due, sample(logits_SV, pool.draws(due)))
         return due
 
     def _decode(self, running: list[Sequence], graphs: DecodeGraphs) -> list[Sequence]:
         """One more token of each running answer, on a GPU: nothing waits for the device but the ids themselves."""
-        draws = [sequence.draw(self.model.config.vocab_size, self.device) for sequence in running]
+        running = sorted(running, key=lambda sequence: not sequence.wide)
+        draws = graphs.pool.draws(running, computed=True)
         logits_SV, ids_S = graphs.step(running, draws)
         for sequence in running:
             sequence.cached += 1
@@ -199,26 +214,23 @@ class Engine:
         if not rows:
             return []
         ids = ids_S.tolist()
-        left = [row for row in rows if ids[row] < 0 or not on_device(draws[row])]
-        for row, token in zip(left, sample(logits_SV[left], [draws[row] for row in left]) if left else [], strict=True):
-            ids[row] = token
+        for row in (row for row in rows if ids[row] < 0):
+            running[row].wide = True  # from now on it is ordered where it is drawn
+            (ids[row],) = sample(logits_SV[row : row + 1], [draws[row]._replace(wide=True)])
         due = [running[row] for row in rows]
-        self._choose(logits_SV if len(rows) == len(running) else logits_SV[rows], due, [ids[row] for row in rows])
+        self._append(pick(logits_SV, rows), due, [ids[row] for row in rows])
         return due
 
-    def _choose(self, logits_SV: torch.Tensor, due: list[Sequence], tokens: list[int] | None = None) -> None:
-        """Append a token to each sequence: `tokens`, if they are known, else one drawn from its row."""
-        if tokens is None:
-            tokens = sample(logits_SV, [sequence.draw(logits_SV.shape[-1], self.device) for sequence in due])
+    def _append(self, logits_SV: torch.Tensor, due: list[Sequence], tokens: list[int]) -> None:
+        """Append a token to each sequence: the one drawn from its row, or the one that must come."""
         for row, sequence in enumerate(due):
             forced = sequence.next_forced()
             tokens[row] = tokens[row] if forced is None else forced
         asked = [row for row, sequence in enumerate(due) if sequence.sampling.logprobs is not None]
         logprobs: dict[int, LogProb] = {}
         if asked:
-            rows_SV = logits_SV if len(asked) == len(due) else logits_SV[asked]
-            counts = [due[row].sampling.logprobs or 0 for row in asked]
-            logprobs = dict(zip(asked, top_log_probs(rows_SV, [tokens[row] for row in asked], counts), strict=True))
+            chosen, counts = [tokens[row] for row in asked], [due[row].sampling.logprobs or 0 for row in asked]
+            logprobs = dict(zip(asked, top_log_probs(pick(logits_SV, asked), chosen, counts), strict=True))
         for row, sequence in enumerate(due):
             sequence.append(tokens[row], self._ends, logprobs.get(row))
 

@@ -1,4 +1,4 @@
-"""Decoding steps on a GPU as recorded graphs: the host sends eight short rows and starts one graph a token.
+"""Decoding steps on a GPU as recorded graphs: the host sends nine short rows and starts one graph a token.
 
 A step of 56 layers is hundreds of launches, and each costs the host microseconds. A graph is recorded once for each
 bucket of sequences and of context (powers of two) and each kind of draw, and reads everything that changes from tensors
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from whimbrel.engine.pool import Pool
-from whimbrel.engine.sampler import Draw, draw, kinds, numbers
+from whimbrel.engine.sampler import Draw, Kinds, draw, kinds, numbers
 from whimbrel.engine.sequence import Sequence
 from whimbrel.model.language import LanguageModel
 from whimbrel.model.layout import Layout
@@ -56,12 +56,12 @@ class _Step:
     """One bucket: its tensors, and on a GPU the graph that reads them."""
 
     def __init__(
-        self, model: LanguageModel, pool: Pool, batch: int, width: int, drawn: tuple[bool, bool], memory: Any
+        self, model: LanguageModel, pool: Pool, logits_SV: Tensor, batch: int, width: int, kind: Kinds, memory: Any
     ) -> None:
-        self.drawn = drawn
+        self.kind, self.logits_SV = kind, logits_SV[:batch]
         self.model, self.pool, device = model, pool, pool.table.device
-        self.sent = torch.zeros(8, batch, dtype=torch.int64, pin_memory=device.type == "cuda")
-        """Ids, slots, lengths so far, and the five numbers (float64) of each draw, on the host."""
+        self.sent = torch.zeros(9, batch, dtype=torch.int64, pin_memory=device.type == "cuda")
+        """Ids, slots, lengths so far, and the six numbers (float64) of each draw, on the host."""
         self.sent[1], self.sent[2] = pool.slots, 0
         self.here = self.sent.to(device)
         self.table = torch.full((batch, width), pool.blocks, dtype=torch.int64, device=device)
@@ -72,14 +72,20 @@ class _Step:
         self.graph: Any = None
         if device.type == "cuda":
             self.copied = torch.cuda.Event()
-            self.graph, (self.logits_SV, self.ids_S) = record(self._compute, memory)  # only rows of nobody are written
+            self.graph, self.ids_S = record(self._compute, memory)  # only rows of nobody are written
 
-    def _compute(self) -> tuple[Tensor, Tensor]:
+    def _compute(self) -> Tensor:
         self.layout._derived.clear()  # what is derived from lengths and tables belongs to the graph
         torch.index_select(self.pool.table, 0, self.here[1], out=self.whole)
         self.table.copy_(self.whole[:, : self.table.shape[1]])
         logits_SV = self.model.head(self.model(self.here[0], self.layout, self.pool.state))
-        return logits_SV, draw(logits_SV, self.here[3:].view(torch.float64), *self.drawn)
+        self.logits_SV.copy_(logits_SV)  # one place for all buckets, or each graph would keep its own
+        seen_SV, seen = None, self.pool.seen
+        if self.kind.penalised and seen is not None:
+            seen.view(-1).index_fill_(0, self.here[1] * seen.shape[1] + self.here[0], True)
+            seen_SV = seen.index_select(0, self.here[1])
+        settings_6S = None if self.kind.plain else self.here[3:].view(torch.float64)
+        return draw(logits_SV, settings_6S, self.kind, seen_SV)
 
     def run(self, tokens: Rows[int], slots: Rows[int], past: Rows[int], draws: Rows[Draw]) -> tuple[Tensor, Tensor]:
         """Logits [S, V] and the ids [S] drawn for these sequences, valid until the next step."""
@@ -88,17 +94,16 @@ class _Step:
             self.copied.synchronize()  # of the step before: long over, unless nobody waited for its ids
         self.sent[1], self.sent[2] = self.pool.slots, 0
         self.sent[:3, :count] = torch.tensor([list(tokens), list(slots), list(past)])
-        if any(self.drawn):
-            self.sent[3:, :count] = numbers(draws).contiguous().view(torch.int64)
+        if not self.kind.plain:
+            self.sent[3:, :count] = numbers(draws).view(torch.int64)
         self.here.copy_(self.sent, non_blocking=True)
         if self.graph is None:
             self.layout = replace(self.layout, past=tuple(self.sent[2].tolist()), _derived={})
-            logits_SV, ids_S = self._compute()
+            self.ids_S = self._compute()
         else:
             self.copied.record()
             self.graph.replay()
-            logits_SV, ids_S = self.logits_SV, self.ids_S
-        return logits_SV[:count], ids_S[:count]
+        return self.logits_SV[:count], self.ids_S[:count]
 
 
 class DecodeGraphs:
@@ -106,23 +111,27 @@ class DecodeGraphs:
 
     def __init__(self, model: LanguageModel, pool: Pool) -> None:
         self.model, self.pool = model, pool
-        self._steps: dict[tuple[int, int, tuple[bool, bool]], _Step] = {}
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self._logits_SV = torch.empty(pool.slots, model.config.vocab_size, dtype=dtype, device=pool.table.device)
+        self._steps: dict[tuple[int, int, Kinds], _Step] = {}
         self._memory = torch.cuda.graph_pool_handle() if pool.table.device.type == "cuda" else None
         self._addresses: tuple[int, list[int]] = (-1, [])
 
     def step(self, sequences: Rows[Sequence], draws: Rows[Draw]) -> tuple[Tensor, Tensor]:
-        """Logits [S, V] and ids [S] after the next token of each sequence that the pool does not have yet; -1 and rows
-        with a repetition penalty are the host's to draw.
+        """Logits [S, V] and ids [S] after the next token of each sequence that the pool does not have yet; -1 is the
+        host's to draw. Draws that are `wide` come first, and their tokens so far are marked in the pool.
         """
         self._forget_if_moved()
         blocks = max((len(sequence.blocks) for sequence in sequences), default=0)
+        batch, kind = bucket(len(sequences), 1, self.pool.slots), kinds(draws)
+        ordered = bucket(kind.ordered, 1, batch) if kind.ordered else 0
         key = (
-            bucket(len(sequences), 1, self.pool.slots),
+            batch,
             bucket(blocks, LEAST_BLOCKS, self.pool.table.shape[1]),
-            kinds(draws),
+            kind._replace(ordered=ordered, greedy=True, floored=True),
         )
         if key not in self._steps:
-            self._steps[key] = _Step(self.model, self.pool, *key, self._memory)
+            self._steps[key] = _Step(self.model, self.pool, self._logits_SV, *key, self._memory)
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         last, past = [s.tokens[s.cached] for s in sequences], [s.cached for s in sequences]
         return self._steps[key].run(last, slots, past, draws)

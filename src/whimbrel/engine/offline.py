@@ -101,11 +101,14 @@ def generate_file(
     report: Report = silent,
 ) -> dict[str, float]:
     """Answer every prompt of `prompts` into `out` and return counts and speed of this run. `name` tells models apart
-    on a restart.
+    on a restart, beside the dtypes of weights and states.
 
     Rows of `out`: `Answer.to_dict`, the row's `id`, and `key`. One run at a time holds the file; a second is refused.
     """
     sampling = sampling or Sampling()
+    forms = {getattr(part, "form", "") for part in engine.model.modules()} & {"fp8"}
+    kinds = (str(engine.dtype).removeprefix("torch."), *forms, f"state {engine.state_dtype}")
+    name = " ".join([name, *(kind for kind in kinds if not kind.endswith("float32"))])
     check_files(prompts, out)
     samples = [
         row.sampling.n for row in read_rows(prompts, sampling, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from whimbrel.engine.memory import SHARE, Room
 from whimbrel.errors import UserError
 from whimbrel.model import count
 from whimbrel.model.config import LETTERS, ModelConfig
@@ -50,6 +51,10 @@ class Plan:
     """Sequences that fit if blocks are taken as tokens come, and contexts are half full on average (they start empty
     and at different times). When they grow past that, the engine sends some back to wait.
     """
+    default_sequences: int
+    """Sequences that an engine on a GPU makes room for by itself, beside weights and reserve; 0: not one fits."""
+    default_kv_tokens: int
+    """Tokens of keys and values of all of them."""
     largest_context: int | None
     """Of a single sequence; None without attention, where memory does not depend on the context."""
     decode_bytes: int
@@ -128,10 +133,10 @@ def plan(
         fits=total <= memory,
         largest_batch=largest,
         largest_batch_on_demand=room // need.sequence(-(-context // 2)) if largest else 0,
-        largest_context=need.largest_context(memory),
         bandwidth=bandwidth,
         peak=peak,
         warnings=_beyond(config, context),
+        **need.own(memory),
         **_floor(need, context, largest, bandwidth, peak),
     )
 
@@ -190,6 +195,14 @@ class _Need:
     def sequence(self, context: int) -> int:
         state = count.state_bytes(self.config, 1, self.dtype, self.state_dtype)
         return self.kv(context) + state + count.step_bytes(self.config, self.dtype)
+
+    def own(self, memory: int) -> dict[str, Any]:
+        """The fields of a plan that an engine chooses if it is told neither, and the largest context."""
+        name, free = count.computed(self.dtype), int((memory - self.weights - self.reserve) * SHARE["cuda"])
+        room = Room(self.config, free, name, self.state_dtype, BLOCK, self.prefill_tokens)
+        sequences, kv_tokens = room.divide(None, None) if room.most(each=1) else (0, 0)
+        more = {"largest_context": self.largest_context(memory)}
+        return more | {"default_sequences": sequences, "default_kv_tokens": kv_tokens}
 
     def largest_context(self, memory: int) -> int | None:
         """Of one sequence, in whole blocks, by halving: the need grows with the context."""
@@ -261,6 +274,8 @@ def _limits(plan: Plan) -> list[str]:
         f"  largest batch    {plan.largest_batch:,} with whole contexts reserved, "
         f"{plan.largest_batch_on_demand:,} paged on demand (contexts half full)",
         f"  largest context  {context} for one sequence",
+        f"  engine           on a GPU, by itself: {plan.default_sequences:,} at once, "
+        f"{plan.default_kv_tokens:,} tokens of keys and values",
     ]
 
 

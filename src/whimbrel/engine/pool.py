@@ -8,9 +8,11 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
+from whimbrel.engine.sampler import Draw
 from whimbrel.engine.sequence import Sequence
 from whimbrel.model.config import ATTENTION, ModelConfig
 from whimbrel.model.state import State
+from whimbrel.ops.segments import put
 
 
 class Pool:
@@ -53,7 +55,9 @@ class Pool:
         self._table = torch.full(
             (slots + spare, max(count, 1)), count if spare else 0, dtype=torch.int64, device=device
         )
-        self._device = device
+        self._device, self._vocabulary = device, config.vocab_size
+        self.seen: Tensor | None = None
+        """[slots, V] bool: ids in prompt and answer of sequences with a repetition penalty; made with the first."""
         self._rows: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, dtype=torch.int64, device=device))
         self.slots, self.blocks = slots, count
 
@@ -107,14 +111,35 @@ class Pool:
         if sequence.slot is not None:
             heapq.heappush(self._slots, sequence.slot)
         self._blocks.update(sequence.blocks)
-        sequence.slot, sequence.blocks, sequence.cached = None, [], 0
+        sequence.slot, sequence.blocks, sequence.cached, sequence.seen = None, [], 0, 0
+
+    def draws(self, sequences: Rows[Sequence], computed: bool = False) -> list[Draw]:
+        """What the sampler needs of running sequences. What those with a repetition penalty hold is written into `seen`
+        first: all of it, or what is `computed` so far, where the step marks the next token itself.
+        """
+        places: list[int] = []
+        rows: dict[int, Tensor] = {}
+        for number, sequence in enumerate(sequences):
+            if sequence.sampling.repetition_penalty == 1.0:
+                continue
+            assert sequence.slot is not None, "only a running sequence has a record"
+            if self.seen is None:
+                self.seen = torch.empty(len(self._table), self._vocabulary, dtype=torch.bool, device=self._device)
+            rows[number], end = self.seen[sequence.slot], sequence.cached if computed else len(sequence.tokens)
+            if not sequence.seen:
+                rows[number].zero_()
+            places += [sequence.slot * self._vocabulary + token for token in sequence.tokens[sequence.seen : end]]
+            sequence.seen = end + computed
+        if self.seen is not None and places:
+            self.seen.view(-1).index_fill_(0, put(places, self._device), True)
+        return [sequence.draw(rows.get(number)) for number, sequence in enumerate(sequences)]
 
     def places(self, sequences: Rows[Sequence]) -> tuple[Tensor, Tensor]:
         """(slots_S, block_table [S, most blocks]) of running sequences; unused places of the table hold any block."""
         slots = tuple(sequence.slot for sequence in sequences if sequence.slot is not None)
         assert len(slots) == len(sequences), "only running sequences have a place"
         if slots != self._rows[0]:
-            self._rows = (slots, torch.tensor(slots, dtype=torch.int64, device=self._device))
+            self._rows = (slots, put(slots, self._device))
         width = max((len(sequence.blocks) for sequence in sequences), default=0)
         return self._rows[1], self._table[self._rows[1], :width]
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Rows
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from whimbrel.engine.sampling import Sampling
+from whimbrel.ops.segments import put
 
 _MASK = (1 << 64) - 1
-_CANDIDATES = 1024
+CANDIDATES = 1024
+"""Likeliest ids of a row that are put in order at first."""
 
 
 class Draw(NamedTuple):
@@ -30,6 +33,30 @@ class Draw(NamedTuple):
     position: int
     used_V: Tensor | None = None
     """[V] bool, ids of prompt and output; only with a repetition penalty."""
+    wide: bool = False
+    """May it have to order all V, because its likeliest `CANDIDATES` do not hold what top_k and top_p keep?"""
+
+
+class Kinds(NamedTuple):
+    """What the draws of some rows need; nothing else is computed."""
+
+    whole: bool
+    """Is a row drawn from the whole vocabulary?"""
+    truncated: bool
+    """Is one drawn after top_k or top_p?"""
+    penalised: bool = False
+    greedy: bool = True
+    floored: bool = True
+    """Has a row of the whole vocabulary a min_p?"""
+    ordered: int = 0
+    """So many rows, the first ones, may have all V ordered; a row beyond them that would need it is not drawn. -1: any
+    row, and the host looks which.
+    """
+
+    @property
+    def plain(self) -> bool:
+        """Is it the likeliest that is taken, and nothing else?"""
+        return not (self.whole or self.truncated or self.penalised)
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
@@ -56,27 +83,35 @@ def uniforms(draws: Rows[Draw]) -> list[float]:
 
 
 def sample(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
-    """One token for each row. `logits_SV` is float32 and left as it is; one transfer to the host for each group of
-    rows.
-
-    Rows fall into three groups (greedy, whole distribution, truncated), each handled in one pass.
+    """One token for each row. `logits_SV` is float32 and left as it is. One transfer to the host, and one more if rows
+    that are not known to be `wide` must be ordered; on a CPU rows of unlike kinds are drawn apart, which is less work.
     """
-    penalised = [row for row, draw in enumerate(draws) if draw.sampling.repetition_penalty != 1.0]
-    if penalised:
-        logits_SV = _penalise(logits_SV, draws, penalised)
-    greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0]
-    if len(greedy) == len(draws):
-        return logits_SV.argmax(-1).tolist()
-    hot = [row for row, draw in enumerate(draws) if draw.sampling.temperature != 0]
-    truncated = [row for row in hot if _truncates(draws[row].sampling)]
-    whole = [row for row in hot if not _truncates(draws[row].sampling)]
+    groups: dict[Any, list[int]] = {}
+    for row in sorted(range(len(draws)), key=lambda row: not draws[row].wide):
+        groups.setdefault(None if logits_SV.is_cuda else _kind(draws[row].sampling), []).append(row)
     tokens = [0] * len(draws)
-    for rows, choose in ((greedy, _greedy), (whole, _whole), (truncated, _truncated)):
-        if rows:
-            part_SV = logits_SV if len(rows) == len(draws) else logits_SV[rows]
-            for row, token in zip(rows, choose(part_SV, [draws[row] for row in rows]), strict=True):
-                tokens[row] = token
+    for rows in groups.values():
+        mine, part_SV = [draws[row] for row in rows], pick(logits_SV, rows)
+        kind = kinds(mine) if logits_SV.is_cuda else kinds(mine)._replace(ordered=-1)
+        settings_6S = None if kind.plain else put(numbers(mine), part_SV.device, torch.float64)
+        ids = draw(part_SV, settings_6S, kind, _seen(part_SV, mine) if kind.penalised else None).tolist()
+        left = [place for place, token in enumerate(ids) if token < 0]
+        if left:
+            more = sample(pick(part_SV, left), [mine[place]._replace(wide=True) for place in left])
+            ids = [more.pop(0) if token < 0 else token for token in ids]
+        for row, token in zip(rows, ids, strict=True):
+            tokens[row] = token
     return tokens
+
+
+def pick(x: Tensor, rows: Rows[int]) -> Tensor:
+    """These rows, without waiting for the device."""
+    return x if list(rows) == list(range(len(x))) else x[put(rows, x.device)]
+
+
+def _seen(logits_SV: Tensor, draws: Rows[Draw]) -> Tensor:
+    nothing_V = torch.zeros(logits_SV.shape[1], dtype=torch.bool, device=logits_SV.device)
+    return torch.stack([nothing_V if draw.used_V is None else draw.used_V for draw in draws])
 
 
 LogProb = tuple[float, tuple[tuple[int, float], ...]]
@@ -86,97 +121,84 @@ def top_log_probs(logits_SV: Tensor, tokens: Rows[int], counts: Rows[int]) -> li
     """For each row the log-probability of its token under the model itself, and its `count` likeliest (id,
     log-probability). One pass over all rows.
     """
-    logprobs_SV = logits_SV.log_softmax(-1)
-    chosen = logprobs_SV.gather(1, torch.tensor(tokens, device=logits_SV.device)[:, None])[:, 0].tolist()
-    values_SW, ids_SW = logprobs_SV.topk(min(max(counts), logits_SV.shape[-1]))
-    tops = [
-        tuple(zip(ids, values, strict=True)) for ids, values in zip(ids_SW.tolist(), values_SW.tolist(), strict=True)
-    ]
-    return [(value, top[:count]) for value, top, count in zip(chosen, tops, counts, strict=True)]
+    logprobs_SV, most = logits_SV.log_softmax(-1), min(max(counts), logits_SV.shape[-1])
+    chosen_S1 = logprobs_SV.gather(1, put(tokens, logits_SV.device)[:, None])
+    rows = torch.cat([chosen_S1.double(), *logprobs_SV.topk(most)], 1).tolist()
+    tops = [tuple(zip(map(int, row[1 + most :]), row[1 : 1 + most], strict=True)) for row in rows]
+    return [(row[0], top[:count]) for row, top, count in zip(rows, tops, counts, strict=True)]
 
 
 def _truncates(sampling: Sampling) -> bool:
     return sampling.top_p < 1.0 or sampling.top_k > 0
 
 
-def _penalise(logits_SV: Tensor, draws: Rows[Draw], rows: list[int]) -> Tensor:
-    """Repetition penalty of Keskar et al. 2019 (CTRL, §4.1), over prompt and output."""
-    logits_SV = logits_SV.clone()
-    for row in rows:
-        used_V, penalty, row_V = draws[row].used_V, draws[row].sampling.repetition_penalty, logits_SV[row]
-        assert used_V is not None, "a penalty needs the tokens it looks at"
-        logits_SV[row] = torch.where(used_V, torch.where(row_V > 0, row_V / penalty, row_V * penalty), row_V)
-    return logits_SV
-
-
-def _greedy(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
-    return logits_SV.argmax(-1).tolist()
-
-
-def _whole(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
-    """Draw from the whole vocabulary (after min_p, which needs no order)."""
-    temperature_S1, _, _, min_p_S1, share_S1 = _columns(numbers(draws).to(logits_SV.device))
-    some = any(draw.sampling.min_p for draw in draws)
-    return _uncut(_probabilities(logits_SV, temperature_S1), min_p_S1 if some else None, share_S1).tolist()
-
-
-def _truncated(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
-    """Draw after top_k, then top_p on what remains, then min_p. Sorts all V only where the likeliest do not suffice."""
-    settings_5S = numbers(draws).to(logits_SV.device)
-    probs_SV = _probabilities(logits_SV, settings_5S[0, :, None])
-    top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], _CANDIDATES))
-    if not _suffice(top_SW, probs_SV.shape[-1], settings_5S).all():
-        top_SW, ids_SW = probs_SV.sort(stable=True, dim=-1, descending=True)
-    return _cut(top_SW, ids_SW, probs_SV.shape[-1], settings_5S).tolist()
-
-
 def numbers(draws: Rows[Draw]) -> Tensor:
-    """[5, S] float64 on the host, all that `draw` needs: temperature, top_p, top_k (infinite: off), min_p, and the
-    uniform number of the draw.
+    """[6, S] float64 on the host, all that `draw` needs: temperature, top_p, top_k (infinite: off), min_p, the uniform
+    number of the draw, and the repetition penalty.
     """
-    rows = [(d.sampling.temperature, d.sampling.top_p, d.sampling.top_k or math.inf, d.sampling.min_p) for d in draws]
-    pairs = zip(rows, uniforms(draws), strict=True)
-    return torch.tensor([(*row, share) for row, share in pairs], dtype=torch.float64).t()
+    rows = [
+        (s.temperature, s.top_p, s.top_k or math.inf, s.min_p, share, s.repetition_penalty)
+        for s, share in zip((draw.sampling for draw in draws), uniforms(draws), strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64).t().contiguous()
 
 
-def kinds(draws: Rows[Draw]) -> tuple[bool, bool]:
-    """Is any row drawn from the whole vocabulary, and any after a truncation?"""
-    hot = [_truncates(draw.sampling) for draw in draws if on_device(draw) and draw.sampling.temperature != 0]
-    return not all(hot), any(hot)
+def kinds(draws: Rows[Draw]) -> Kinds:
+    """What these rows need."""
+    said = [draw.sampling for draw in draws]
+    hot = [_truncates(s) for s in said if s.temperature != 0]
+    penalised, floored = any(s.repetition_penalty != 1.0 for s in said), any(s.min_p for s in said)
+    return Kinds(not all(hot), any(hot), penalised, len(hot) < len(said), floored, sum(draw.wide for draw in draws))
 
 
-def on_device(draw: Draw) -> bool:
-    """Can `draw` take this row? A repetition penalty looks at tokens that only the host keeps."""
-    return draw.sampling.repetition_penalty == 1.0
+@lru_cache(maxsize=256)
+def _kind(sampling: Sampling) -> Kinds:
+    return kinds([Draw(sampling, 0, 0, 0)])
 
 
-def draw(logits_SV: Tensor, settings_5S: Tensor, whole: bool, truncated: bool) -> Tensor:
-    """[S] the ids that `sample` takes, without a word to the host: -1 where it would have to sort all of V.
+def draw(logits_SV: Tensor, settings_6S: Tensor | None, kind: Kinds, seen_SV: Tensor | None = None) -> Tensor:
+    """[S] ids, without a word to the host: -1 where all V had to be ordered and `kind` does not allow it.
 
-    whole, truncated: as `kinds` says; what it does not name is not computed.
+    settings_6S: as `numbers` says, unless the kind is plain. seen_SV: bool, the ids that a row's penalty looks at.
     """
-    best_S = logits_SV.argmax(-1)
-    if not whole and not truncated:
-        return best_S
-    temperature_S1, top_p_S1, limit_S1, min_p_S1, share_S1 = _columns(settings_5S)
+    if settings_6S is None:
+        return logits_SV.argmax(-1)
+    temperature_S1, top_p_S1, limit_S1, min_p_S1, share_S1, penalty_S1 = _columns(settings_6S)
+    if seen_SV is not None:
+        logits_SV = _penalise(logits_SV, seen_SV, penalty_S1)
+    if not kind.whole and not kind.truncated:
+        return logits_SV.argmax(-1)
     probs_SV = _probabilities(logits_SV, torch.where(temperature_S1 == 0, 1.0, temperature_S1))
-    ids_S = _uncut(probs_SV, min_p_S1, share_S1) if whole else best_S
-    if truncated:
-        top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], _CANDIDATES))
-        enough_S = _suffice(top_SW, probs_SV.shape[-1], settings_5S)
-        cut_S = torch.where(enough_S, _cut(top_SW, ids_SW, probs_SV.shape[-1], settings_5S), -1)
-        ids_S = torch.where(((top_p_S1 < 1) | limit_S1.isfinite())[:, 0], cut_S, ids_S)
-    return torch.where(temperature_S1[:, 0] == 0, best_S, ids_S)
+    ids_S = _uncut(probs_SV, min_p_S1 if kind.floored else None, share_S1) if kind.whole else None
+    if kind.truncated:
+        top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], CANDIDATES))
+        enough_S = _suffice(top_SW, probs_SV.shape[-1], settings_6S)
+        cut_S = torch.where(enough_S, _cut(top_SW, ids_SW, probs_SV.shape[-1], settings_6S), -1)
+        if kind.ordered:
+            rows: Any = slice(kind.ordered) if kind.ordered > 0 else (cut_S < 0).nonzero()[:, 0]
+            ordered = probs_SV[rows].sort(stable=True, dim=-1, descending=True)
+            whole_R = _cut(*ordered, probs_SV.shape[-1], settings_6S[:, rows])
+            cut_S[rows] = torch.where(cut_S[rows] < 0, whole_R, cut_S[rows])
+        ids_S = cut_S if ids_S is None else torch.where((top_p_S1 < 1)[:, 0] | limit_S1.isfinite()[:, 0], cut_S, ids_S)
+    assert ids_S is not None
+    return torch.where(temperature_S1[:, 0] == 0, logits_SV.argmax(-1), ids_S) if kind.greedy else ids_S
 
 
-def _columns(settings_5S: Tensor) -> tuple[Tensor, ...]:
+def _penalise(logits_SV: Tensor, seen_SV: Tensor, penalty_S1: Tensor) -> Tensor:
+    """Repetition penalty of Keskar et al. 2019 (CTRL, section 4.1), over prompt and output; one of 1 changes no bit."""
+    penalty_S1 = penalty_S1.to(logits_SV.dtype)
+    less_SV = torch.where(logits_SV > 0, logits_SV / penalty_S1, logits_SV * penalty_S1)
+    return torch.where(seen_SV, less_SV, logits_SV)
+
+
+def _columns(settings_6S: Tensor) -> tuple[Tensor, ...]:
     """Each setting as [S, 1]."""
-    return tuple(settings_5S[:, :, None].unbind(0))
+    return tuple(settings_6S[:, :, None].unbind(0))
 
 
-def _suffice(top_SW: Tensor, vocabulary: int, settings_5S: Tensor) -> Tensor:
+def _suffice(top_SW: Tensor, vocabulary: int, settings_6S: Tensor) -> Tensor:
     """[S] bool: do the likeliest W hold all that top_k and top_p keep, and say what top_p is a share of?"""
-    _, top_p_S, limit_S, _, _ = settings_5S.unbind(0)
+    _, top_p_S, limit_S, _, _, _ = settings_6S.unbind(0)
     enough_S = (limit_S >= vocabulary) & (top_SW.sum(-1) >= top_p_S)
     return (limit_S.clamp(max=vocabulary) <= top_SW.shape[-1]) | enough_S
 
@@ -187,9 +209,9 @@ def _uncut(probs_SV: Tensor, min_p_S1: Tensor | None, share_S1: Tensor) -> Tenso
     return _invert(probs_SV, share_S1)[:, 0]
 
 
-def _cut(top_SW: Tensor, ids_SW: Tensor, vocabulary: int, settings_5S: Tensor) -> Tensor:
+def _cut(top_SW: Tensor, ids_SW: Tensor, vocabulary: int, settings_6S: Tensor) -> Tensor:
     """[S] ids drawn from the likeliest W, which are in order; top_p is a share of what top_k keeps."""
-    _, top_p_S1, limit_S1, min_p_S1, share_S1 = _columns(settings_5S)
+    _, top_p_S1, limit_S1, min_p_S1, share_S1, _ = _columns(settings_6S)
     kept_SW = top_SW * (torch.arange(top_SW.shape[-1], device=top_SW.device) < limit_S1)
     total_S1 = torch.where(limit_S1 < vocabulary, kept_SW.sum(-1, keepdim=True), torch.ones_like(top_SW[:, :1]))
     before_SW = kept_SW.cumsum(-1) - kept_SW

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from whimbrel.engine.answer import Answer, Chunk, Finish
@@ -37,10 +36,13 @@ class Sequence:
     finish: Finish | None = None
     preempted: int = 0
     """Times the state was given up and computed again."""
+    seen: int = 0
+    """Leading tokens that the pool's record for the repetition penalty holds."""
+    wide: bool = False
+    """As in `Draw`: said of a top_k beyond the likeliest, and of a row for which they did not suffice once."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
-        self.used_V: Tensor | None = None
         self._stops: dict[Kind, Stops] = {
             "thinking": Stops(self.sampling.stop if self.sampling.stop_in_thinking else ()),
             "answer": Stops(self.sampling.stop),
@@ -68,12 +70,9 @@ class Sequence:
         if len(self._times) == 1:
             self._times.append(time.perf_counter())
 
-    def draw(self, vocabulary: int, device: torch.device) -> Draw:
-        """What the sampler needs for the next token."""
-        if self.sampling.repetition_penalty != 1.0 and self.used_V is None:
-            self.used_V = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-            self.used_V[torch.tensor(self.tokens, device=device)] = True
-        return Draw(self.sampling, self.seed, self.sample, self.written, self.used_V)
+    def draw(self, used_V: Tensor | None) -> Draw:
+        """What the sampler needs for the next token; `used_V` is the pool's record."""
+        return Draw(self.sampling, self.seed, self.sample, self.written, used_V, self.wide)
 
     def next_forced(self) -> int | None:
         """The id that must come next, if the thought is being closed."""
@@ -90,8 +89,6 @@ class Sequence:
             assert token == self.thinking.forced.pop(0), "a forced id was replaced"
             self._forced.append(self.written)
         self.tokens.append(token)
-        if self.used_V is not None:
-            self.used_V[token] = True
         if logprob is not None:
             self._logprobs.append(logprob[0])
             self._top.append(logprob[1])

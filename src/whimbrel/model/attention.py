@@ -71,7 +71,7 @@ def _cached(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layout: Layout, state: 
         # On a GPU they are there already; nothing is copied, and a recorded step sees each step's own.
         counts = layout.key_counts()[:count] if q_THE.is_cuda else [past + 1 for past in layout.past[:count]]
         parts.append(ops.paged_attention(q_THE[:count], keys, values, layout.block_table, counts))
-    rest = layout.segments.rest(count)
+    rest = layout.others()
     if rest.tokens:
         cut, k_UKE, v_UKE = rest, k_TKE[count:], v_TKE[count:]
         if any(layout.past[count:]):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whimbrel.model.config import ModelConfig
 from whimbrel.model.positions import rotation
-from whimbrel.ops.segments import Segments
+from whimbrel.ops.segments import Segments, put
 
 
 class Exchange:
@@ -86,7 +86,7 @@ class Layout:
         segments = Segments.of(lengths, device=device)
         past = tuple(past) if past is not None else (0,) * len(segments.lengths)
         assert len(past) == len(segments.lengths), "one past for each sequence"
-        offset_S = torch.tensor(past, dtype=torch.int64, device=device) - segments.starts[:-1]
+        offset_S = put(past, device) - segments.starts[:-1]
         positions_T = torch.arange(segments.tokens, device=device) + offset_S[segments.sequence_T]
         decodes = 0
         if slots is not None:
@@ -105,11 +105,22 @@ class Layout:
         """Does every sequence bring one token and continue a state?"""
         return 0 < self.decodes == len(self.past)
 
+    def others(self) -> Segments:
+        """The cut of the sequences that do not decode."""
+        return self._derived.setdefault("others", self.segments.rest(self.decodes))
+
+    def fresh(self) -> Tensor:
+        """[S] bool, of these sequences: does it begin here?"""
+        if "fresh" not in self._derived:
+            begins = [past == 0 for past in self.past[self.decodes :]]
+            self._derived["fresh"] = put(begins, self.segments.device, torch.bool)
+        return self._derived["fresh"]
+
     def rest(self) -> Layout:
         """The sequences that do not decode, as a layout of their own, with every row."""
         count = self.decodes
         slots, table = (None if v is None else v[count:] for v in (self.slots, self.block_table))
-        return Layout(self.segments.rest(count), self.past[count:], self.positions_T[count:], 0, slots, table)
+        return Layout(self.others(), self.past[count:], self.positions_T[count:], 0, slots, table)
 
     def key_counts(self) -> Tensor:
         """[T] int64: keys that each token sees, itself included."""

@@ -75,15 +75,14 @@ class Mamba2(nn.Module):
         )  # fmt: skip
 
     def _scan(self, xbc_TI: Tensor, dt_TH: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
-        rest = layout.segments.rest(layout.decodes)
+        rest = layout.others()
         tail, initial, slots_S = None, None, None
         if state is not None:
             assert layout.slots is not None, "a state with Mamba-2 layers needs slots"
             slots_S = layout.slots[layout.decodes :]
-            past = layout.past[layout.decodes :]
-            if any(past):
+            if any(layout.past[layout.decodes :]):
                 # Filled, not multiplied: what another sequence left in the slot may be infinite.
-                fresh_S = torch.tensor([p == 0 for p in past], device=xbc_TI.device)
+                fresh_S = layout.fresh()
                 tail = state.conv[layer][slots_S].masked_fill_(fresh_S[:, None, None], 0)
                 held = state.ssm[layer][slots_S]
                 held = held.float() if held.dtype == torch.float16 else held

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def put(values: Any, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers of the host as a tensor on a device, without waiting for it: a GPU reads pinned memory."""
+    here = torch.as_tensor(values, dtype=dtype)
+    return (here.pin_memory() if torch.device(device).type == "cuda" else here).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +54,12 @@ class Segments:
     @cached_property
     def starts(self) -> Tensor:
         """[S+1] int64: the offsets on the device."""
-        return torch.tensor(self.offsets, dtype=torch.int64, device=self.device)
+        return put(self.offsets, self.device)
 
     @cached_property
     def sequence_T(self) -> Tensor:
         """[T] int64: the sequence of each token."""
-        lengths_S = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+        lengths_S = put(self.lengths, self.device)
         return torch.repeat_interleave(torch.arange(self.count, device=self.device), lengths_S, output_size=self.tokens)
 
     @cached_property

@@ -6,7 +6,8 @@ a hub id, looked for in this order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -62,6 +63,19 @@ def run(
         state_dtype=check_state_dtype(state_dtype),
         name=model,
     )
+
+
+def misplaced(override: str, options: Iterable[str]) -> UserError:
+    """What to say of a setting given without `--train`, where the `options` are given with dashes."""
+    name, _, value = override.partition("=")
+    if name in options:
+        return UserError(f"{override} is an option; write --{name.replace('_', '-')} {value}")
+    if name == "kv_dtype":
+        return UserError("keys and values have the dtype of the arithmetic; set --dtype, and leave kv_dtype out")
+    known = [field.name for field in fields(TrainingPlanSettings)]
+    if name.partition(".")[0] in known:
+        return UserError(f"{override} is a setting of training; add --train")
+    return UserError(f"unknown setting {name!r}; {nearest(name, [*known, *options])}")
 
 
 def train(

@@ -31,4 +31,4 @@ def load_engine(model: str, dtype: str, device: str, threads: int, report: Repor
     if device == "cpu":
         token = torch.zeros(1, 1, dtype=torch.int64)
         torch.set_num_threads(choose(threads, None, torch.inference_mode()(lambda: loaded(token)), report))
-    return Engine(loaded, Tokenizer.load(folder), report=report, **{"max_sequences": 16} | settings)
+    return Engine(loaded, Tokenizer.load(folder), report=report, **settings)

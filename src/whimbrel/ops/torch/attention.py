@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from whimbrel.ops.segments import Segments
+from whimbrel.ops.segments import Segments, put
 
 MASKED = 1 << 22
 """Pairs of a query and a key for which torch may build one mask (13 bytes a pair on a CPU)."""
@@ -67,15 +67,15 @@ def _together(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -
         bucket = [s for s in order if segments.lengths[s] <= 2 * shortest]
         order = order[len(bucket) :]
         longest = segments.lengths[bucket[-1]]
-        begin_B1 = torch.tensor([segments.offsets[s] for s in bucket], device=q_THE.device)[:, None]
-        length_B1 = torch.tensor([segments.lengths[s] for s in bucket], device=q_THE.device)[:, None]
-        inside_L = torch.arange(longest, device=q_THE.device)
-        token_BL = begin_B1 + inside_L.minimum(length_B1 - 1)
+        begin_B1 = torch.tensor([segments.offsets[s] for s in bucket])[:, None]
+        length_B1 = torch.tensor([segments.lengths[s] for s in bucket])[:, None]
+        inside_L = torch.arange(longest)  # on the host, which knows the lengths: it waits for no device
+        b_N, l_N = (put(place, q_THE.device) for place in (inside_L < length_B1).nonzero(as_tuple=True))
+        token_BL = put(begin_B1 + inside_L.minimum(length_B1 - 1), q_THE.device)
         q, k, v = (x[token_BL].transpose(1, 2) for x in (q_THE, k_THE, v_THE))
         y_BLHE = _fused(q, k, v, longest, longest).transpose(1, 2)
-        real_BL = inside_L < length_B1
-        rows.append(token_BL[real_BL])
-        parts.append(y_BLHE[real_BL])
+        rows.append(token_BL[b_N, l_N])
+        parts.append(y_BLHE[b_N, l_N])
     return y_THE.index_copy(0, torch.cat(rows), torch.cat(parts)) if parts else y_THE
 
 
