@@ -224,7 +224,7 @@ def test_pickles_and_other_files_are_refused(tmp_path, saved):
 
 def test_what_is_no_model_is_said(tmp_path, saved):
     _, folder = saved
-    assert "smollm2" in error("smollm")
+    assert error("smollm") == "there is no folder or .gguf file smollm; `whimbrel fetch` brings smollm2"
     assert "there is no folder" in error(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "config.json" in error(tmp_path / "empty")
