@@ -3,6 +3,7 @@
 Operations that are not here run in `ops/torch`, and so does everything where the library was not built.
 """
 
+from whimbrel.ops.cpu.attention import attention
 from whimbrel.ops.cpu.decode import Decode, network
 from whimbrel.ops.cpu.head import cross_entropy, kl, log_prob
 from whimbrel.ops.cpu.library import fits, isa, load, use
@@ -17,6 +18,7 @@ __all__ = [
     "Decode",
     "Matrix",
     "Projection",
+    "attention",
     "conv",
     "cross_entropy",
     "fits",
