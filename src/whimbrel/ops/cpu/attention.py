@@ -12,9 +12,7 @@ from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch.attention import attention as of_torch
 
-_Attention = structure(
-    "Attention", "q k v y queries keys", "sequences heads kv_heads width q_stride k_stride v_stride"
-)
+_Attention = structure("Attention", "q k v y queries keys", "sequences heads kv_heads width q_stride k_stride v_stride")
 
 
 def _rows(x: Tensor) -> Tensor:
