@@ -23,6 +23,7 @@
     void matmul(const Matmul&, int);                                              \
     void cross_entropy(const Entropy&, int);                                      \
     void divergence(const Divergence&, int);                                      \
+    void attention(const Attention&, int);                                        \
     }                                                                             \
     DECLARE_PRODUCTS(isa)
 
@@ -50,6 +51,7 @@ struct Form {
     void (*matmul)(const Matmul&, int);
     void (*cross_entropy)(const Entropy&, int);
     void (*divergence)(const Divergence&, int);
+    void (*attention)(const Attention&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*decode)(const Decode&, int);
@@ -59,6 +61,7 @@ struct Form {
     Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
          whimbrel::isa::relu2, whimbrel::isa::matmul, whimbrel::isa::cross_entropy, whimbrel::isa::divergence,        \
+         whimbrel::isa::attention,                                                                             \
          whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
 
 #ifdef WHIMBREL_AVX512
@@ -124,6 +127,8 @@ void whimbrel_matmul(const Matmul* matmul, int threads) { now->matmul(*matmul, t
 void whimbrel_cross_entropy(const Entropy* entropy, int threads) { now->cross_entropy(*entropy, threads); }
 
 void whimbrel_divergence(const Divergence* divergence, int threads) { now->divergence(*divergence, threads); }
+
+void whimbrel_attention(const Attention* attention, int threads) { now->attention(*attention, threads); }
 
 void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 

@@ -82,6 +82,7 @@ struct Product {
     enum { none, past, future } order = none;  // c(r, k) counts for k <= r, or for k >= r
     const float* base = nullptr;               // laid out as out; null: 0
     float fade = 1.0f;
+    const float* fades = nullptr;  // in its place, one of each row
     float* out = nullptr;
     int64_t out_row = 0;
     bool lower = false;  // only lanes up to the row's own number are wanted
@@ -127,7 +128,7 @@ void product_tile(const Product& p, int64_t row, int64_t lane) {
     for (int r = 0; r < high; r++)
 #pragma GCC unroll 8
         for (int i = 0; i < broad; i++) {
-            if (base) acc[r][i] += p.fade * load(base + r * p.out_row + i * lanes);
+            if (base) acc[r][i] += (p.fades ? p.fades[row + r] : p.fade) * load(base + r * p.out_row + i * lanes);
             store(out + r * p.out_row + i * lanes, acc[r][i]);
         }
 }
@@ -152,6 +153,8 @@ inline void product_rows(const Product& p, int64_t high, int64_t lane) {
 
 inline void multiply(const Product& p, int64_t high, int64_t width) {
     int64_t lane = 0;
+    if (most_broad > 2 && p.lower)  // narrow tiles leave out more of what is not wanted, and 6 sums are enough for one unit
+        for (; lane < width; lane += lanes) product_rows<1>(p, high, lane);
     for (; lane + most_broad * lanes <= width; lane += most_broad * lanes) product_rows<most_broad>(p, high, lane);
     if constexpr (most_broad > 2)
         for (; lane + 2 * lanes <= width; lane += 2 * lanes) product_rows<2>(p, high, lane);

@@ -23,7 +23,8 @@
 // of this running difference are cut off at the end of each chunk, where r is computed from the two states.
 //
 // The caller cuts a sequence into pieces of some hundred tokens. The forward pass keeps one state a piece; the backward pass
-// takes the pieces from the last to the first and computes the states between the chunks of one piece again.
+// takes the pieces from the last to the first and computes the states between the chunks of one piece again, a group of heads at a
+// time, so that what it computes and reads lies in the second-level cache until it is used. The state after a piece is that before the next.
 
 #include <vector>
 
@@ -63,12 +64,10 @@ struct Shape {
 
 // The decays of one head over one chunk.
 struct alignas(64) Decays {
-    float dt[chunk], from_start[chunk], to_end[chunk], weight[chunk];  // E, F, and F dt
-    float between[chunk * chunk] = {};                                 // L
+    float dt[chunk], decay[chunk], from_start[chunk], to_end[chunk], weight[chunk];  // …, E, F, and F dt
     float fade = 1.0f;
 
-    void read(const Shape& k, int64_t from, int64_t count, int64_t h, bool all) {
-        float decay[chunk];
+    void read(const Shape& k, int64_t from, int64_t count, int64_t h) {
         for (int64_t i = 0; i < count; i++) dt[i] = k.s.dt[k.at(from + i, h)];
         for (int64_t i = count; i < chunk; i++) dt[i] = 0.0f;
         const float a = k.s.a[h];
@@ -84,38 +83,53 @@ struct alignas(64) Decays {
             weight[i] = gone * dt[i];
             gone *= decay[i];
         }
-        if (!all) return;
-        between[0] = 1.0f;
-        for (int64_t i = 1; i < count; i++) {
-            for (int64_t j = 0; j < i; j += lanes) {
-                const vec v = load(between + (i - 1) * chunk + j) * decay[i];
-                store(between + i * chunk + j, v > least ? v : vec{});
-            }
-            between[i * chunk + i] = 1.0f;
+    }
+};
+
+// L of one head, a row at a time, in registers: L_i = decay_i L_{i-1}, and 1 on the diagonal.
+struct Between {
+    vec row[chunk / lanes] = {};
+
+    // Lanes of vector q that are token i.
+    static auto diagonal(int64_t q, int64_t i) {
+        places token{};
+        for (int l = 0; l < lanes; l++) token[l] = l;
+        return token == places{} + static_cast<int32_t>(i - q * lanes);
+    }
+    [[gnu::always_inline]] void next(int64_t i, float decay) {
+        UNROLL for (int64_t q = 0; q < chunk / lanes; q++) {
+            const vec v = row[q] * decay;
+            row[q] = diagonal(q, i) ? vec{} + 1.0f : v > least ? v : vec{};
         }
     }
 };
 
-void scale_rows(const float* from, int64_t row, int64_t high, int64_t wide, const float* factor, float* to) {
+// Rows of `high` tokens as `pack` has them, and each times its factor; `plain` may be null.
+void pack_scaled(const float* from, int64_t from_row, int64_t high, int64_t width, const float* factor, float* plain, float* scaled,
+                 int64_t to_row) {
     for (int64_t r = 0; r < high; r++)
-        for (int64_t i = 0; i < wide; i += lanes) store(to + r * row + i, load(from + r * row + i) * factor[r]);
+        for (int64_t i = 0; i < width; i += lanes) {
+            const vec v = load(from + r * from_row + i, width - i);
+            if (plain) store(plain + r * to_row + i, v);
+            store(scaled + r * to_row + i, v * factor[r]);
+        }
+    for (int64_t r = high; r < round_up(high) && plain; r++) std::fill_n(plain + r * to_row, round_up(width), 0.0f);
 }
 
 // B and C of one group over one chunk, by rows and turned, and C B^T.
 struct Pair {
-    float *b, *c, *b_turned, *c_turned, *cb;
+    float *b, *c, *b_turned, *cb;
 
     Pair(const Shape& k, Arena& arena)
         : b(arena.take(chunk * k.d_row)), c(arena.take(chunk * k.d_row)), b_turned(arena.take(k.deep * chunk)),
-          c_turned(arena.take(k.deep * chunk)), cb(arena.take(chunk * chunk)) {}
+          cb(arena.take(chunk * chunk)) {}
 
     void read(const Shape& k, int64_t from, int64_t count, int64_t g) {
         const int64_t high = round_up(count);
         pack(k.b(from, g), k.s.b_stride, count, k.s.size, b, k.d_row);
         pack(k.c(from, g), k.s.c_stride, count, k.s.size, c, k.d_row);
         transpose(b, k.d_row, high, k.deep, b_turned, chunk);
-        transpose(c, k.d_row, high, k.deep, c_turned, chunk);
-        multiply({.a = c_turned, .b = b_turned, .a_row = 1, .a_step = chunk, .b_step = chunk, .depth = k.s.size,
+        multiply({.a = c, .b = b_turned, .a_row = k.d_row, .a_step = 1, .b_step = chunk, .depth = k.s.size,
                   .out = cb, .out_row = chunk, .lower = true},
                  count, high);
     }
@@ -145,17 +159,21 @@ struct Forward : Shape {
           y(arena.take(chunk * w_row)), scratch(arena.take(wide * d_row)), states(arena.take(most_heads * deep * w_row)) {}
 
     void run_chunk(int64_t from, int64_t count, int64_t h, float* state, bool empty) {
-        pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
-        decays.read(*this, from, count, h, true);
-        scale_rows(x, w_row, count, wide, decays.weight, scaled);
+        decays.read(*this, from, count, h);
+        pack_scaled(Shape::x(from, h), s.x_stride, count, s.width, decays.weight, x, scaled, w_row);
+        Between between;
         for (int64_t i = 0; i < count; i++) {
-            for (int64_t j = 0; j <= i; j += lanes)
-                store(mix + i * chunk + j, load(pair.cb + i * chunk + j) * load(decays.between + i * chunk + j) * load(decays.dt + j));
-            mix[i * chunk + i] += s.d[h];
+            between.next(i, decays.decay[i]);
+            UNROLL for (int64_t q = 0; q < chunk / lanes; q++) {
+                if (q * lanes > i) break;
+                const int64_t place = i * chunk + q * lanes;
+                const vec d = Between::diagonal(q, i) ? vec{} + s.d[h] : vec{};
+                store(mix + place, load(pair.cb + place) * between.row[q] * load(decays.dt + q * lanes) + d);
+            }
         }
         const bool whole = s.width % lanes == 0;  // rows of whole vectors need no scratch
         float* const rows = s.y + at(from, h) * s.width;
-        multiply({.a = pair.c_turned, .b = state, .a_row = 1, .a_step = chunk, .b_step = w_row, .depth = empty ? 0 : s.size,
+        multiply({.a = pair.c, .b = state, .a_row = d_row, .a_step = 1, .b_step = w_row, .depth = empty ? 0 : s.size,
                   .scale = decays.from_start, .c = mix, .d = x, .c_row = chunk, .c_step = 1, .d_step = w_row, .tokens = count,
                   .order = Product::past, .out = whole ? rows : y, .out_row = whole ? s.heads * s.width : w_row, .ahead = &ahead},
                  count, wide);
@@ -215,35 +233,32 @@ struct Backward : Shape {
     Pair pair;
     Decays decays;
     Ahead ahead;
-    float *x, *dy, *du, *scaled, *x_turned, *dy_turned, *mix, *pairs, *sums, *own, *db, *dc, *ds, *ds_turned, *chain;
+    float *x, *dy, *du, *scaled, *x_turned, *mix, *pairs, *sums, *own, *db, *dc, *ds, *ds_turned, *chain;
     std::vector<double> behind, da, dd;
     int64_t first_head = 0, heads = 0;  // of the present task: whole groups
 
     Backward(const Scan& scan, const ScanGradients& gradients, int64_t most_chunks, int64_t most_heads)
         : Shape(scan), out(gradients), most(most_chunks),
           arena(chunk * (5 * d_row + 2 * deep + 4 * w_row + 2 * wide + 4 * chunk) + deep * w_row +
-                most_heads * wide * d_row * (most + 2) + 512),
+                (most_heads + shared * (most + 1)) * wide * d_row + 512),
           pair(*this, arena), x(arena.take(chunk * w_row)), dy(arena.take(chunk * w_row)), du(arena.take(chunk * w_row)),
-          scaled(arena.take(chunk * w_row)), x_turned(arena.take(wide * chunk)), dy_turned(arena.take(wide * chunk)),
+          scaled(arena.take(chunk * w_row)), x_turned(arena.take(wide * chunk)),
           mix(arena.take(chunk * chunk)), pairs(arena.take(chunk * chunk)), sums(arena.take(chunk * chunk)),
           own(arena.take(chunk * d_row)), db(arena.take(chunk * d_row)), dc(arena.take(chunk * d_row)),
           ds(arena.take(most_heads * wide * d_row)), ds_turned(arena.take(deep * w_row)),
-          chain(arena.take(most_heads * wide * d_row * (most + 1))), behind(most_heads), da(most_heads), dd(most_heads) {}
+          chain(arena.take(shared * (most + 1) * wide * d_row)), behind(most_heads), da(most_heads), dd(most_heads) {}
 
-    // State of head i of the task before chunk k of the present piece, [P, d_row].
-    float* before(int64_t i, int64_t k) { return chain + (i * (most + 1) + k) * wide * d_row; }
+    // State of head i of the task, of its present group, before chunk k of the present piece, [P, d_row].
+    float* before(int64_t i, int64_t k) { return chain + (i % shared * (most + 1) + k) * wide * d_row; }
     float* gradient(int64_t i) { return ds + i * wide * d_row; }
 
-    void restore_chunk(int64_t from, int64_t count, int64_t k, bool empty, int64_t then_count) {
-        for (int64_t i = 0; i < heads; i++) {
+    // The state after a chunk from that before it, for the heads of a group from the task's head `first_of` on.
+    void restore_chunk(int64_t from, int64_t count, int64_t first_of, int64_t k, bool empty) {
+        pack(b(from, (first_head + first_of) / shared), s.b_stride, count, s.size, pair.b, d_row);
+        for (int64_t i = first_of; i < first_of + shared; i++) {
             const int64_t h = first_head + i;
-            if (h % shared == 0) {
-                pack(b(from, h / shared), s.b_stride, count, s.size, pair.b, d_row);
-                ask(i, from, count, from + count, then_count, false);
-            }
-            decays.read(*this, from, count, h, false);
-            pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
-            scale_rows(x, w_row, count, wide, decays.weight, scaled);
+            decays.read(*this, from, count, h);
+            pack_scaled(Shape::x(from, h), s.x_stride, count, s.width, decays.weight, nullptr, scaled, w_row);
             multiply({.a = scaled, .b = pair.b, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
                       .base = empty ? nullptr : before(i, k), .fade = decays.fade, .out = before(i, k + 1), .out_row = d_row,
                       .ahead = &ahead},
@@ -256,25 +271,26 @@ struct Backward : Shape {
         const int64_t h = first_head + i, high = round_up(count);
         const bool opens = h % shared == 0, closes = (h + 1) % shared == 0;  // of its group, the first head and the last
         pack(Shape::x(from, h), s.x_stride, count, s.width, x, w_row);
-        pack(out.dy + at(from, h) * s.width, s.heads * s.width, count, s.width, dy, w_row);
+        decays.read(*this, from, count, h);
+        pack_scaled(out.dy + at(from, h) * s.width, s.heads * s.width, count, s.width, decays.from_start, dy, scaled, w_row);
         transpose(x, w_row, high, wide, x_turned, chunk);
-        transpose(dy, w_row, high, wide, dy_turned, chunk);
-        decays.read(*this, from, count, h, true);
-        multiply({.a = dy_turned, .b = x_turned, .a_row = 1, .a_step = chunk, .b_step = chunk, .depth = s.width,
+        multiply({.a = dy, .b = x_turned, .a_row = w_row, .a_step = 1, .b_step = chunk, .depth = s.width,
                   .out = pairs, .out_row = chunk, .lower = true, .ahead = &ahead},
                  count, high);
-        multiply({.a = dy_turned, .b = before(i, k), .a_row = 1, .a_step = chunk, .b_step = d_row, .depth = empty ? 0 : s.width,
+        multiply({.a = dy, .b = before(i, k), .a_row = w_row, .a_step = 1, .b_step = d_row, .depth = empty ? 0 : s.width,
                   .scale = decays.from_start, .out = own, .out_row = d_row, .ahead = &ahead},
                  count, deep);
         float pull[chunk];  // dy_r . (S_r C_r)
+        Between between;
         for (int64_t r = 0; r < count; r++) {
             vec total{};
-            for (int64_t j = 0; j <= r; j += lanes) {
-                const int64_t place = r * chunk + j;
-                const vec between = load(decays.between + place), cb = load(pair.cb + place);
-                const vec part = load(pairs + place) * between * load(decays.dt + j);
+            between.next(r, decays.decay[r]);
+            UNROLL for (int64_t q = 0; q < chunk / lanes; q++) {
+                if (q * lanes > r) break;
+                const int64_t place = r * chunk + q * lanes;
+                const vec cb = load(pair.cb + place), part = load(pairs + place) * between.row[q] * load(decays.dt + q * lanes);
                 total += part * cb;
-                store(mix + place, cb * between);
+                store(mix + place, cb * between.row[q]);
                 store(sums + place, opens ? part : load(sums + place) + part);
             }
             for (int64_t n = 0; n < deep; n += lanes) {
@@ -306,7 +322,6 @@ struct Backward : Shape {
                   .order = Product::future, .out = du, .out_row = w_row, .ahead = &ahead},
                  count, wide);
         if (!start) {
-            scale_rows(dy, w_row, count, wide, decays.from_start, scaled);
             multiply({.a = scaled, .b = pair.c, .a_row = 1, .a_step = w_row, .b_step = d_row, .depth = count,
                       .base = idle ? nullptr : gradient(i), .fade = decays.fade, .out = gradient(i), .out_row = d_row,
                       .ahead = &ahead},
@@ -332,14 +347,19 @@ struct Backward : Shape {
         behind[i] = carried;
     }
 
-    // Asks for the rows of the group after that of head i of the task, of this chunk or of the one that is taken next.
-    void ask(int64_t i, int64_t from, int64_t count, int64_t then, int64_t then_count, bool all) {
-        if (i + shared >= heads) i = -shared, from = then, count = then_count;
-        const int64_t h = first_head + i + shared, g = h / shared, wide_x = shared * s.width, row = s.heads * s.width;
-        ahead.add(b(from, g), s.b_stride, count, s.size), ahead.add(Shape::x(from, h), s.x_stride, count, wide_x);
-        if (!all) return;
+    // Asks for what a chunk brings to the heads of one group: x and B, with which states are restored, and the rest.
+    void ask_inputs(int64_t from, int64_t count, int64_t i) {
+        const int64_t h = first_head + i;
+        ahead.add(b(from, h / shared), s.b_stride, count, s.size);
+        ahead.add(Shape::x(from, h), s.x_stride, count, shared * s.width);
+    }
+    void ask_states(const float* states, int64_t i) {
+        if (states) ahead.add(states + (first_head + i) * s.width * s.size, s.size, shared * s.width, s.size);
+    }
+    void ask_rest(int64_t from, int64_t count, int64_t i) {
+        const int64_t h = first_head + i, g = h / shared, wide_x = shared * s.width;
         ahead.add(c(from, g), s.c_stride, count, s.size);
-        ahead.add(out.dy + at(from, h) * s.width, row, count, wide_x);
+        ahead.add(out.dy + at(from, h) * s.width, s.heads * s.width, count, wide_x);
         ahead.add(out.dx + from * out.dx_stride + h * s.width, out.dx_stride, count, wide_x, true);
         ahead.add(out.db + from * out.db_stride + g * s.size, out.db_stride, count, s.size, true);
         ahead.add(out.dc + from * out.dc_stride + g * s.size, out.dc_stride, count, s.size, true);
@@ -355,23 +375,31 @@ struct Backward : Shape {
             }
     }
 
-    void run_piece(int64_t piece, bool empty, bool idle, bool start) {
+    // The heads of one group, from the task's head `first_of` on, through a piece: what they share and their states lie in the
+    // caches meanwhile.
+    void run_piece(int64_t piece, int64_t first_of, const float* begin, const float* end, bool idle, bool start, int64_t opening) {
         const int64_t from = s.pieces[piece], to = s.pieces[piece + 1], chunks = (to - from + chunk - 1) / chunk;
-        for (int64_t k = 0; k < chunks - idle; k++) {
-            const int64_t at = from + k * chunk;
-            restore_chunk(at, std::min(chunk, to - at), k, empty && k == 0, std::min(chunk, to - at - chunk));
+        const int64_t restored = chunks - (idle || end), g = (first_head + first_of) / shared;
+        const auto size = [&](int64_t k) { return std::min(chunk, to - from - k * chunk); };
+        for (int64_t k = 0; k < restored; k++) {
+            if (k + 1 < chunks) ask_inputs(from + (k + 1) * chunk, size(k + 1), first_of);
+            if (k + 1 >= restored) ask_rest(from + (chunks - 1) * chunk, size(chunks - 1), first_of);
+            restore_chunk(from + k * chunk, size(k), first_of, k, !begin && k == 0);
         }
         for (int64_t k = chunks - 1; k >= 0; k--) {
-            const int64_t at = from + k * chunk, count = std::min(chunk, to - at), before = std::max(at - chunk, first(0));
-            for (int64_t i = 0; i < heads; i++) {
-                const int64_t g = (first_head + i) / shared;
-                if ((first_head + i) % shared == 0) pair.read(*this, at, count, g), ask(i, at, count, before, at - before, true);
-                head(at, count, i, k, empty && k == 0, idle && k == chunks - 1, start && k == 0);
-                if ((first_head + i + 1) % shared) continue;
-                for (int64_t t = 0; t < count; t++) {
-                    std::copy_n(db + t * d_row, s.size, out.db + (at + t) * out.db_stride + g * s.size);
-                    std::copy_n(dc + t * d_row, s.size, out.dc + (at + t) * out.dc_stride + g * s.size);
-                }
+            const int64_t at = from + k * chunk, count = size(k);
+            pair.read(*this, at, count, g);
+            if (k) ask_rest(at - chunk, chunk, first_of);
+            else if (first_of + shared < heads) {
+                ask_inputs(from, count, first_of + shared);
+                ask_states(begin, first_of + shared), ask_states(end, first_of + shared);
+            }
+            else if (piece > opening) ask_inputs(s.pieces[piece - 1], std::min(chunk, from - s.pieces[piece - 1]), 0);
+            for (int64_t i = first_of; i < first_of + shared; i++)
+                head(at, count, i, k, !begin && k == 0, idle && k == chunks - 1, start && k == 0);
+            for (int64_t t = 0; t < count; t++) {
+                std::copy_n(db + t * d_row, s.size, out.db + (at + t) * out.db_stride + g * s.size);
+                std::copy_n(dc + t * d_row, s.size, out.dc + (at + t) * out.dc_stride + g * s.size);
             }
         }
     }
@@ -386,9 +414,15 @@ struct Backward : Shape {
         for (int64_t piece = s.first[sequence + 1] - 1; piece >= opening; piece--) {
             if (s.slots[piece] >= 0 && out.dkept) add(out.dkept, s.slots[piece], idle), idle = false;
             const float* begin = piece > opening ? s.saved + state(piece, 0) : s.initial ? s.initial + state(sequence, 0) : nullptr;
-            for (int64_t i = 0; i < heads && begin; i++)
-                pack(begin + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, 0), d_row);
-            run_piece(piece, !begin, idle, piece == opening && !out.dinitial);
+            const float* end = piece + 1 < s.first[sequence + 1] ? s.saved + state(piece + 1, 0) : nullptr;
+            const int64_t chunks = (s.pieces[piece + 1] - s.pieces[piece] + chunk - 1) / chunk;
+            const auto fetch = [&](const float* states, int64_t i, int64_t k) {
+                if (states) pack(states + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, k), d_row);
+            };
+            for (int64_t group = 0; group < heads; group += shared) {
+                for (int64_t i = group; i < group + shared; i++) fetch(begin, i, 0), fetch(end, i, chunks);
+                run_piece(piece, group, begin, end, idle, piece == opening && !out.dinitial, opening);
+            }
             idle = false;
         }
         for (int64_t i = 0; i < heads; i++) {

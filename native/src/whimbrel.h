@@ -97,6 +97,15 @@ struct Divergence {
     int64_t rows, columns, learn;
 };
 
+// Causal attention of S sequences: q and y [T, heads, width], k and v [U, kv_heads, width], tokens *_stride floats apart (y is
+// dense). Sequence s has queries queries[s] … queries[s + 1], its last tokens, and at least as many keys keys[s] … keys[s + 1].
+struct Attention {
+    const float *q, *k, *v;
+    float* y;
+    const int64_t *queries, *keys;  // [S + 1]
+    int64_t sequences, heads, kv_heads, width, q_stride, k_stride, v_stride;
+};
+
 // A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
 // and the sums of 8 rows fall into 8 lanes; w = scale * code, one float16 scale for each row and `group` inputs (32, 64 or
 // 128, a divisor of inputs), scales [outputs / 8, inputs / group, 8]. A last panel that is not full has rows of scale 0.
@@ -172,6 +181,7 @@ WHIMBREL_EXPORT void whimbrel_relu2(const Relu2* relu2, int threads);
 WHIMBREL_EXPORT void whimbrel_matmul(const Matmul* matmul, int threads);
 WHIMBREL_EXPORT void whimbrel_cross_entropy(const Entropy* entropy, int threads);
 WHIMBREL_EXPORT void whimbrel_divergence(const Divergence* divergence, int threads);
+WHIMBREL_EXPORT void whimbrel_attention(const Attention* attention, int threads);
 WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);

@@ -96,8 +96,8 @@ def run(
     from whimbrel.pipeline import run as runs
     from whimbrel.pipeline.console import Display
 
-    hosts = runs.Hosts.of(nodes, node_rank, rdzv_endpoint, os.environ)
     graph = recipes.read(recipe, overrides or ())
+    hosts = runs.Hosts.of(nodes, node_rank, rdzv_endpoint, os.environ, graph.hosts)
     typer.echo(f"report: {runs.run(graph, out or Path('runs') / graph.name, Display(), hosts)}")
 
 

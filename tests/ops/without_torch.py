@@ -1,7 +1,7 @@
 """Call the native library with ctypes alone: `python without_torch.py OPENMP LIBRARY` prints what comes out as JSON.
 
 First the instruction set that it chose and whether it offers AVX2 and AVX-512; then, computed in the baseline form, a
-gated norm, a scan, and a projection with weights of 32, 16, 8 and 4 bits.
+gated norm, a scan, attention, and a projection with weights of 32, 16, 8 and 4 bits.
 """
 
 import ctypes
@@ -56,6 +56,13 @@ def scan():
     return call("scan_forward", x, dt, a, b, c, d, None, y, final, None, None, pieces, first, slots, *sizes)
 
 
+def attention():
+    """Sequences of 70 queries over 75 keys and of 2 over 2, 4 heads of 5, 2 key heads."""
+    q, k, v = map(pointer, map(row, (72 * 20, 77 * 10, 77 * 10)))
+    queries, keys, y = whole([0, 70, 72]), whole([0, 75, 77]), pointer([0] * 72 * 20)
+    return call("attention", q, k, v, y, queries, keys, 2, 4, 2, 5, 20, 10, 10)
+
+
 def linear(kind):
     """3 rows of 64 inputs to 16 outputs."""
     codes = [place * 37 % 251 for place in range(16 * 64)]
@@ -67,4 +74,4 @@ def linear(kind):
 
 found: list = [library.whimbrel_isa().decode(), library.whimbrel_use(b"avx2"), library.whimbrel_use(b"avx512")]
 library.whimbrel_use(b"baseline")
-print(json.dumps([*found, gated_norm(), scan(), *map(linear, range(4))]))
+print(json.dumps([*found, gated_norm(), scan(), attention(), *map(linear, range(4))]))

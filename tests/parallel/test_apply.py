@@ -65,6 +65,7 @@ def test_pieces_of_a_cut_parameter_hold_each_number_once(name: str) -> None:
         pieces = [cut.piece(numbers, rank, 2) for rank in (0, 1)]
         assert pieces[0].shape == pieces[1].shape
         assert torch.equal(torch.cat([piece.flatten() for piece in pieces]).sort().values, numbers.flatten())
+        assert torch.equal(cut.whole(pieces), numbers)
 
 
 def test_heads_and_their_groups_stay_together() -> None:

@@ -103,8 +103,18 @@ def test_stages_differ_in_what_lies_beside_the_model() -> None:
     assert held and drawn.engine_bytes == sum(tensor.nbytes for tensor in held)
     assert drawn.reference_bytes == drawn.weights_bytes
     assert drawn.total_bytes == alone.total_bytes + drawn.engine_bytes + drawn.reference_bytes
-    text = "\n".join([*drawn.lines(), *beside(stage="dpo").lines()])
-    for words in ("(alone), grpo", "frozen weights", "answers that are drawn", "its log-probabilities alone"):
+    axes = Axes(fsdp=2)  # and then the engine's own whole weights
+    cut = [beside(parallel=axes, accumulate=2), beside(stage="grpo", sequences=3, parallel=axes)]
+    assert drawn.drawer_bytes == 0 and cut[1].drawer_bytes == alone.weights_bytes
+    assert cut[1].total_bytes == cut[0].total_bytes + drawn.engine_bytes + alone.weights_bytes
+    text = "\n".join([*drawn.lines(), *cut[1].lines(), *beside(stage="dpo").lines()])
+    for words in (
+        "(alone), grpo",
+        "frozen weights",
+        "answers that are drawn",
+        "its log-probabilities alone",
+        "own weights",
+    ):
         assert words in text
 
 

@@ -158,6 +158,25 @@ def test_squares_of_an_mlp_are_rounded_as_they_are_computed_and_given_back(monke
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_what_lay_around_a_layer_before_the_block_or_came_in_it_stays():
+    """As tensor parallelism does, which wraps what it finds; behind the block nothing multiplies in FP8."""
+    model, tokens = small(), torch.arange(20)[None]
+    expected, seen = model(tokens), []
+
+    def wrap(module, say):
+        module.forward = lambda *args, inner=module.forward: seen.append(say) or inner(*args)
+
+    wrap(model.layers[3].mixer.down_proj, "before")
+    with converted(model, Fp8("rowwise", ends=1)):
+        wrap(model.layers[3].mixer.down_proj, "last")
+        wrap(model.layers[3].mixer, "mixer")
+        assert not torch.equal(model(tokens), expected) and seen == ["mixer", "last"]
+    assert torch.equal(model(tokens), expected) and seen[2:] == ["mixer", "last", "before"]
+    with converted(model, Fp8("rowwise", ends=1)):
+        assert not torch.equal(model(tokens), expected)
+    assert torch.equal(model(tokens), expected) and seen[-3:] == ["mixer", "last", "before"]
+
+
 def test_layers_of_odd_sides_and_packed_ones_stay_as_they_are():
     assert precision.suitable(nn.Linear(128, 144)) and not precision.suitable(nn.Linear(120, 256))
     assert not precision.suitable(nn.Linear(128, 136)) and not precision.suitable(nn.ReLU())

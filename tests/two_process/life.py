@@ -72,9 +72,9 @@ def copy(checkpoint: Path, to: Path, axes: Axes) -> None:
         checkpointing.save(to, checkpointing.TrainState(STOP, 1, {}), made, adam, keep=9)
 
 
-def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, in one process."""
-    made: LanguageModel = model(HYBRID, seed=8)
+def whole(checkpoint: Path, made: LanguageModel | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, in one process; into another model than the small one if it is of that."""
+    made = made or model(HYBRID, seed=8)
     adam = adamw(made, OptimizerSettings())
     checkpointing.load(checkpoint, made, adam)
     return checkpointing.training_tensors(made, adam)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from equal import CASES
+from equal import CASES, TOLERANCE
 from small import launch
 
 NAMES = {ranks: [f"{net} {axes}" for axes in cases for net in ("hybrid", "classic")] for ranks, cases in CASES.items()}
@@ -37,9 +37,13 @@ def test_loss_gradients_and_their_norm_are_those_of_one_rank(results: dict[str, 
 
 
 def test_two_clipped_steps_end_in_the_same_weights(results: dict[str, Any]) -> None:
-    """1e-5, a hundredth of a step of 1e-3: AdamW's first steps divide by the gradient, however small it is."""
+    """1e-5, a hundredth of a step of 1e-3, for all but those entries that float32's own rounding can move further: at
+    most one of a thousand. The moments, which are not divided by anything, are equal for all of them.
+    """
     for name, seen in results.items():
-        assert seen["weights"][0] < 1e-5, (name, seen["weights"])
+        assert seen["weights"][0] < TOLERANCE, (name, seen["weights"])
+        assert seen["left_out"] < 1e-3, (name, seen["left_out"])
+        assert seen["exp_avg"][0] < 1e-7 and seen["exp_avg_sq"][0] < 1e-7, (name, seen)
 
 
 def test_a_rank_holds_what_was_planned(results: dict[str, Any]) -> None:

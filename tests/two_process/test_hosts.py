@@ -12,17 +12,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flock import TABLE
 from small import launch
 from test_launch import go, graph, losses
 
 from whimbrel.errors import UserError
 from whimbrel.model.language import LanguageModel
+from whimbrel.parallel.mesh import patience
+from whimbrel.pipeline.child import Job, Seat, _environment
 from whimbrel.pipeline.console import Display
 from whimbrel.pipeline.hosts import Hosts, Line, digest, leading
+from whimbrel.pipeline.recipe import read
 
 DRIVER = """
 import os, sys
@@ -39,6 +45,7 @@ try:
 except (Stopped, StageError, UserError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
+HERE = socket.gethostname()
 Start = Callable[..., list[subprocess.Popen[str]]]
 
 
@@ -114,7 +121,10 @@ def test_two_hosts_do_what_one_process_does(tmp_path: Path, start: Start) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dead", "say"),
-    [(1, "stage flock: host 1 is gone; the same command on"), (0, "host 0 (127.0.0.1) is gone; the same command on")],
+    [
+        (1, f"stage flock: host 1 ({HERE}) is gone; the same command on"),
+        (0, "host 0 (127.0.0.1) is gone; the same command on"),
+    ],
 )
 def test_the_death_of_a_host_is_told_on_the_other_and_both_go_on(
     tmp_path: Path, start: Start, dead: int, say: str
@@ -172,6 +182,10 @@ def test_hosts_with_different_work_or_folders_are_refused(start: Start) -> None:
         ((3, 0, "10.0.0.1:77", {"SLURM_STEP_NUM_NODES": "9"}), Hosts(3, 0, "10.0.0.1", 77)),
         ((None, None, None, {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "gpu[003-4],b"}),
          Hosts(2, 1, "gpu003", 29400)),
+        ((None, 1, "a", {}, 4), Hosts(4, 1, "a", 29400)),
+        ((1, None, None, {}, 4), Hosts()),
+        ((None, None, None, {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "a[1-2]"}, 2),
+         Hosts(2, 1, "a1", 29400)),
         ((None, None, None, {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "a-1,b",
                              "MASTER_PORT": "5"}), Hosts(2, 0, "a-1", 5)),
     ],
@@ -187,6 +201,9 @@ def test_hosts_are_read_from_torchruns_words_or_from_slurm(words: Any, place: Ho
         ((2, None, "a:1", {}), "--node-rank is None; set --node-rank from 0 to 1"),
         ((2, 2, "a:1", {}), "--node-rank is 2; set --node-rank from 0 to 1"),
         ((2, 1, None, {}), "--rdzv-endpoint is None; set it to the name of host 0 and a port, for example node1:29400"),
+        ((None, None, None, {}, 2), "launch.nodes is 2, but this host was started alone; start it on 2 hosts, each"),
+        ((None, None, None, {"SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "a[1-3]"}, 2),
+         "launch.nodes is 2, but srun started 3; .* or set launch.nodes to 3"),
         ((2, 1, "a:b", {}), "--rdzv-endpoint is a:b; set it"),
         ((2, 0, "a:65536", {}), "--rdzv-endpoint is a:65536; set it"),
         ((2, 0, "a:0", {}), "--rdzv-endpoint is a:0; set it"),
@@ -205,6 +222,40 @@ def test_processes_that_hosts_cannot_share_are_refused() -> None:
         Hosts(3, 0, "a").check(graph({"data": 4}))
     Hosts(2, 1, "a").check(graph({"data": 4}))
     Hosts(2, 1, "a").check(graph({}))
+
+
+def test_a_recipe_says_how_many_hosts_it_wants(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(graph({"data": 2}).text() + "launch: {nodes: 2}\n")
+    assert read(path, (), TABLE).hosts == 2 and read(path, ["launch.nodes=1"], TABLE).hosts == 1
+    path.write_text(read(path, (), TABLE).text())
+    assert read(path, (), TABLE).hosts == 2 and graph({}).hosts == 0
+    for wrong in ("launch.nodes=two", "launch.nodes=-1", "launch.nodes=true"):
+        with pytest.raises(UserError, match=r"launch.nodes is .*; set launch.nodes to the number of hosts"):
+            read(path, [wrong], TABLE)
+    with pytest.raises(UserError, match=r"launch has an unknown key 'node'; did you mean 'nodes'"):
+        read(path, ["launch.node=2"], TABLE)
+
+
+def test_processes_of_several_hosts_talk_where_the_hosts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    node = graph({"data": 2}).nodes[0]
+    job = Job(node, {}, Path(), Path(), None, Seat(2, 0, "a", 1, "127.0.0.1"))
+    assert _environment(job)["GLOO_SOCKET_IFNAME"] == "lo"
+    for seat in (Seat(), Seat(2, 0, "a", 1, "192.0.2.77")):  # nobody's address
+        assert "GLOO_SOCKET_IFNAME" not in _environment(replace(job, seat=seat))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    assert _environment(job)["GLOO_SOCKET_IFNAME"] == "mine"
+
+
+@pytest.mark.parametrize("said", ["soon", "0", "-1", "nan", "1e9"])
+def test_a_patience_that_is_no_number_of_hours_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert patience() == timedelta(hours=24)
+    monkeypatch.setenv("WHIMBREL_PATIENCE", "1.5")
+    assert patience() == timedelta(minutes=90)
+    monkeypatch.setenv("WHIMBREL_PATIENCE", said)
+    with pytest.raises(UserError, match=r"WHIMBREL_PATIENCE is .*; set it to a number of hours, for example 24"):
+        patience()
 
 
 def test_ranks_wait_as_long_as_one_works_alone() -> None:

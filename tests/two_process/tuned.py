@@ -6,9 +6,11 @@ FOLDER/NAME gets what a stage wrote, FOLDER/objectives.json how far losses and g
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from test_stages import STAGES, go
 
 from whimbrel.align import grpo, lora
 from whimbrel.align.lora import LoraSettings
+from whimbrel.align.policy import PolicyBatch, PolicyGradient, log_probs
 from whimbrel.align.preference import Preference, read_pairs
 from whimbrel.align.reward import Regression, RewardSettings, attach, read_ratings
 from whimbrel.model import LanguageModel
@@ -41,8 +44,15 @@ RUNS: dict[str, tuple[str, dict[str, int]]] = {
     "reward-cut": ("reward", {"tensor": 2}),
     "grpo": ("grpo", {"data": 2}),
     "grpo-odd": ("grpo-odd", {"data": 2}),
+    "grpo-sharded": ("grpo", {"fsdp": 2}),
+    "grpo-cut": ("grpo", {"tensor": 2}),
+    "grpo-odd-sharded": ("grpo-odd", {"fsdp": 2}),
+    "grpo-odd-cut": ("grpo-odd", {"tensor": 2}),
+    "grpo-odd-copies": ("grpo-odd", {"data": 2, "tensor": 2}),
+    "grpo-odd-grid": ("grpo-odd", {"fsdp": 2, "tensor": 2}),
 }
 """Runs by name: the stage of tests/align/test_stages.py, and its axes."""
+GRPO = [name for name in RUNS if name.startswith("grpo")]
 ODD = {"groups": 23, "group_size": 3, "max_tokens": 40, "micro_tokens": 1, "updates": 2, "off": 0.2}
 """Prompts, groups and micro-batches that two ranks cannot share evenly; each learns twice from what was drawn."""
 STAGES["grpo-odd"] = (grpo.run, grpo.GrpoSettings, ODD)
@@ -114,6 +124,23 @@ def headed() -> LanguageModel:
     return model
 
 
+def answers() -> list[PolicyBatch]:
+    """Answers of one to six tokens, drawn by another model than the one that learns."""
+    draw, batches, other = np.random.default_rng(4), list[PolicyBatch](), network(3)
+    for size in (7, 2, 1, 6):
+        lengths = tuple(draw.integers(9, 40, size).tolist())
+        ends = np.cumsum(lengths)
+        rows_R = np.concatenate([np.arange(end - 1 - draw.integers(1, 7), end - 1) for end in ends])
+        tokens_T = draw.integers(0, 320, ends[-1])
+        gain_R = draw.normal(size=len(rows_R)).astype(np.float32)
+        batch = PolicyBatch(tokens_T, lengths, rows_R, tokens_T[rows_R + 1], gain_R, np.zeros_like(gain_R))
+        with torch.no_grad():
+            away_R = log_probs(other, batch, 1024).numpy()
+            near_R = log_probs(network(), batch, 1024).numpy() + draw.normal(0, 0.2, len(rows_R)).astype(np.float32)
+        batches.append(replace(batch, old_R=near_R, reference_R=away_R))
+    return batches
+
+
 def objectives() -> dict[str, Any]:
     """Losses and gradients of micro-batches with unequal numbers of tokens."""
     tokenizer, (told, rated) = vocabulary(), talks()
@@ -126,6 +153,7 @@ def objectives() -> dict[str, Any]:
             batches = [pairs.of(numbers) for numbers in cuts]
             found[f"{name} {axes}"] = away(network, Preference(name, 0.1, 1.0, 0.1), batches, axes)
         found[f"reward {axes}"] = away(headed, Regression(), [ratings.of(numbers) for numbers in cuts], axes)
+        found[f"grpo {axes}"] = away(network, PolicyGradient(0.2, 0.28, "k3", 0.1), answers(), axes)
     for axes in ({"data": 2}, {"fsdp": 2}, {"context": 2}):
         found[f"lora {axes}"] = away(adapted, CrossEntropy(), [Rows().batch(i) for i in range(4)], axes)
     return found
@@ -134,10 +162,12 @@ def objectives() -> dict[str, Any]:
 def main(folder: Path) -> None:
     """What two ranks do."""
     torch.set_num_threads(1)
-    found = objectives()
+    ranks = int(os.environ["WORLD_SIZE"])
+    found = objectives() if ranks == 2 else {}
     for name, (stage, axes) in RUNS.items():
-        tuned(stage, folder / "given", folder / name, axes)
-    if os.environ["RANK"] == "0":
+        if math.prod(axes.values()) == ranks:
+            tuned(stage, folder / "given", folder / name, axes)
+    if os.environ["RANK"] == "0" and found:
         (folder / "objectives.json").write_text(json.dumps(found, indent=1))
 
 

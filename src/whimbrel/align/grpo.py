@@ -5,8 +5,9 @@ prompts, scores the learned tokens with the trainer's own pass, compares that wi
 the run where the two differ: then sampler and trainer are no longer one model. Learned are the tokens that the model
 chose: not those by which the engine closed a thought, and not those of answers that were cut at `max_tokens`.
 
-Several processes have a whole model and an engine each: a step's prompts are dealt to them, answers are gathered, and
-each learns from a part of them; the step is the one that a single process would make.
+Several processes have an engine each: a step's prompts are dealt to all of them, answers are gathered, and each copy of
+the model learns from a part of them; the step is the one that a single process would make. Where the model is cut
+(`fsdp`, `tensor`) an engine has whole weights of its own, gathered tensor by tensor after each step.
 
 OUT/model/, OUT/metrics.jsonl, OUT/checkpoints/   as of `pretrain`, and resumed in the same way
 """
@@ -33,7 +34,7 @@ from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
 from whimbrel.model import LanguageModel
 from whimbrel.model.checkpoint import resolve
-from whimbrel.parallel import Share, applied
+from whimbrel.parallel import Share, applied, gathered
 from whimbrel.parallel.mesh import ALONE
 from whimbrel.text import Tokenizer
 from whimbrel.train import checkpointing, threads
@@ -113,9 +114,12 @@ class GrpoSettings:
             raise UserError("thinking_budget is 0, which turns thinking off; leave it at null and set off to 1")
         if self.train.accumulate != 1 or self.train.recompute:
             raise UserError("train.accumulate and train.recompute are not for grpo; set micro_tokens lower instead")
-        check_axes(self, "every process of grpo draws with a whole model", "fsdp", "context", "tensor")
-        if (copies := self.train.parallel.data) > self.groups:
-            raise UserError(f"train.parallel.data is {copies}, more than groups {self.groups}; set groups to {copies}")
+        check_axes(self, "answers are not cut", "context")
+        if (copies := self.train.parallel.copies) > self.groups:
+            raise UserError(
+                f"train.parallel makes {copies} copies (data × fsdp), more than groups {self.groups}; set groups to "
+                f"{copies}"
+            )
         check_shares(self, "off")
         check_device(self.device)
 
@@ -137,7 +141,7 @@ def draw(
     prompts; all get all groups.
     """
     first, size = step * settings.groups, settings.group_size
-    mine = share.mine(settings.groups)
+    mine = share.dealt(settings.groups)
     chosen = [rows[i] for i in Permutation(len(rows), settings.seed)(first + np.asarray(mine)).tolist()]
     thinks = (np.random.default_rng([settings.seed, step]).random(settings.groups) >= settings.off)[mine].tolist()
     vocabulary = engine.model.config.vocab_size
@@ -162,20 +166,28 @@ def draw(
         "answer_tokens": sum(len(answer.ids) for answer in answers),
         "thinking_tokens": sum(answer.thinking_tokens for answer in answers),
     }
-    figures = {name: value / (settings.groups * size) for name, value in share.total(sums).items()}
+    figures = {name: value / (settings.groups * size) for name, value in share.total(sums, tuple(share.place)).items()}
     every = {number: group for part in share.collect(groups) for number, group in part.items()}
     return [every[number] for number in sorted(every)], figures
 
 
 class Trainer:
-    """A policy, the engine that draws from it, and a frozen reference if the divergence from it is asked for."""
+    """A policy, the engine that draws from it, and a frozen reference if the divergence from it is asked for.
+
+    The engine computes with the policy itself, or with `drawer`, a whole model, where the policy is cut.
+    """
 
     def __init__(
-        self, settings: GrpoSettings, model: LanguageModel, tokenizer: Tokenizer, reference: LanguageModel | None
+        self,
+        settings: GrpoSettings,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        reference: LanguageModel | None,
+        drawer: LanguageModel | None = None,
     ) -> None:
         self.settings, self.model, self.reference = settings, model, reference
-        prompts = -(-settings.groups // settings.train.parallel.data)
-        self.engine = Engine(model, tokenizer, max_sequences=prompts * settings.group_size)
+        prompts = -(-settings.groups // settings.train.parallel.processes)
+        self.engine = Engine(drawer or model, tokenizer, max_sequences=prompts * settings.group_size)
         self.engine.prefill_tokens = settings.micro_tokens
         self.optimizer = adamw(model, settings.train.optimizer)
         self.precision = settings.train.precision_on(model.device)
@@ -198,8 +210,18 @@ class Trainer:
                 seen = train_step(self.model, self.objective, batches, self.optimizer, clip=settings.train.clip,
                                   precision=self.precision, idle=idle)  # fmt: skip
                 figures |= seen.terms | {"loss": seen.loss, "grad_norm": seen.grad_norm}
+        self.hand_over()
         now = time.perf_counter()
         return figures | {"learning_rate": rate, "seconds_drawing": middle - start, "seconds_learning": now - middle}
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Give the weights of now to an engine that has its own; all ranks call it."""
+        if self.engine.model is not self.model:
+            held = self.engine.model.state_dict()
+            for name, tensor in gathered(self.model, self.share):
+                held[name].copy_(tensor)
+            self.engine.model.touch()
 
     @property
     def share(self) -> Share:
@@ -258,6 +280,7 @@ def grpo(
         checkpointing.refuse_changes(found[0], found[1].identity, said)
         checkpointing.load(found[0], model, trainer.optimizer)
         model.touch()
+        trainer.hand_over()
         report({"event": "log", "text": f"going on from {found[0]}"})
     with stop_politely() as wish, ExitStack() as stack:
         used = threads.choose(how.threads, found[1].threads if found else None, lambda: _trial(model), report, share)
@@ -314,13 +337,19 @@ def _trial(model: LanguageModel) -> None:
 
 def run(settings: GrpoSettings, inputs: Mapping[str, Path], out: Path, report: Report) -> dict[str, Any]:
     """Train the input `model` on the input `prompts`, judged on the input `validation` if it is given."""
-    device = Share.meet(settings.train.parallel, torch_device(settings.device)).device
+    axes = settings.train.parallel
+    device = Share.meet(axes, torch_device(settings.device)).device
     rows = read_prompts(inputs["prompts"], "prompts")
     held = read_prompts(inputs["validation"], "validation") if "validation" in inputs else []
     model, tokenizer = load(inputs["model"], device)
-    reference = load(inputs["model"], device)[0].requires_grad_(False) if settings.kl != "none" else None
-    with applied(model, settings.train.parallel) as share:
-        trainer = Trainer(settings, model, tokenizer, reference)
+    with applied(model, axes) as share, ExitStack() as stack:
+        reference = drawer = None
+        if settings.kl != "none":
+            reference = load(inputs["model"], device)[0].requires_grad_(False)
+            stack.enter_context(applied(reference, axes))
+        if axes.fsdp * axes.tensor > 1:
+            drawer = load(inputs["model"], device)[0].requires_grad_(False)
+        trainer = Trainer(settings, model, tokenizer, reference, drawer)
         told, held = report if share.first else silent, held[: settings.validation_prompts]
         limit(trainer.engine, [*rows, *held], settings.max_tokens)
         figures = grpo(settings, rows, held, trainer, out, told)

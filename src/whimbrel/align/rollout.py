@@ -45,11 +45,11 @@ def _judge(row: Mapping[str, Any], text: str) -> Verdict:
 
 
 def accuracy(engine: Engine, rows: Sequence[Mapping[str, Any]], sampling: Sampling, share: Share = ALONE) -> float:
-    """Mean reward of the rows' prompts, one answer each; ranks with a copy of the model each answer a part of them."""
-    mine = rows[share.copy :: share.axes.copies]
+    """Mean reward of the rows' prompts, one answer each; every rank has a whole engine and answers a part of them."""
+    mine = [rows[i] for i in share.dealt(len(rows))]
     answers = engine.generate([row["prompt"] for row in mine], sampling)
     right = sum(reward(row, answer) for row, answer in zip(mine, answers, strict=True))
-    return share.total({"": right})[""] / len(rows)
+    return share.total({"": right}, tuple(share.place))[""] / len(rows)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,6 @@ docs/parallel.md is the room's page.
 
 from whimbrel.parallel.apply import applied
 from whimbrel.parallel.mesh import Axes, Share
-from whimbrel.parallel.pieces import local, whole
+from whimbrel.parallel.pieces import gathered, local, whole
 
-__all__ = ["Axes", "Share", "applied", "local", "whole"]
+__all__ = ["Axes", "Share", "applied", "gathered", "local", "whole"]

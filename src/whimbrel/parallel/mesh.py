@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -105,13 +106,21 @@ def join() -> None:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
+def patience() -> timedelta:
+    """How long ranks wait for what one does alone: WHIMBREL_PATIENCE hours, a day if it does not say."""
+    said = os.environ.get("WHIMBREL_PATIENCE", "24")
+    if not re.fullmatch(r"\d+(\.\d+)?", said) or not 0 < float(said) < 24 * 365:
+        raise UserError(f"WHIMBREL_PATIENCE is {said!r}; set it to a number of hours, for example 24")
+    return timedelta(hours=float(said))
+
+
 class Share:
     """This process's place in the grid, and the sums it takes part in. With one process nothing is communicated."""
 
     def __init__(self, axes: Axes, device: torch.device, mesh: DeviceMesh | None = None) -> None:
         self.axes, self.device, self.mesh = axes, device, mesh
         # What one rank does alone may take hours: those that wait for it are not torch's half an hour patient.
-        self._patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30)) if mesh else None
+        self._patient = distributed.new_group(backend="gloo", timeout=patience()) if mesh else None
         self.place = {name: mesh.get_local_rank(name) if mesh else 0 for name in asdict(axes)}
 
     @classmethod
@@ -169,6 +178,10 @@ class Share:
         names = sorted(values)
         sums = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device)
         return dict(zip(names, self.add(sums, axes).tolist(), strict=True))
+
+    def dealt(self, count: int) -> list[int]:
+        """Which of `count` things that need no other rank's help this rank does, whatever its place in the grid."""
+        return list(range(self.rank, count, self.axes.processes))
 
     def mine(self, count: int) -> list[int]:
         """Which of `count` micro-batches this rank computes: every copies-th, so that all of a step's are always the

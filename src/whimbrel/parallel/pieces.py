@@ -1,4 +1,4 @@
-"""Which part of which tensor lies on this rank: for sums over gradients, for checkpoints, for export.
+"""Which part of which tensor lies on this rank: for sums over gradients, for checkpoints, for export, for drawing.
 
 A parameter may be cut by `tensor` into segments (tensor.py) and what is left of it by `fsdp` into rows. What a rank
 holds of one segment is always a rectangle.
@@ -6,18 +6,20 @@ holds of one segment is always a rectangle.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from whimbrel.model.language import LanguageModel
 from whimbrel.parallel.mesh import Share
-from whimbrel.parallel.tensor import Cut
+from whimbrel.parallel.tensor import Cut, cuts
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -28,6 +30,19 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All the numbers, on every rank of `fsdp`, which must all ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def gathered(model: LanguageModel, share: Share) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model that is spread, whole on every rank, one after another; all must ask for all of them."""
+    table = cuts(model.config) if share.axes.tensor > 1 else {}
+    for name, tensor in model.state_dict().items():
+        full = whole(tensor)
+        if name in table:
+            pieces = [torch.empty_like(full) for _ in range(share.axes.tensor)]
+            distributed.all_gather(pieces, full.contiguous(), group=share.group("tensor"))
+            full = table[name].whole(pieces)
+        yield name, full
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ vocabulary. H heads, P head width, G groups, N state size, D model width, V voca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,11 @@ class Cut:
         """The part of one rank: its share of every segment."""
         parts = whole.split([size for _, size in self.segments], self.dim)
         return torch.cat([part.chunk(ranks, self.dim)[rank] for part in parts], self.dim)
+
+    def whole(self, pieces: Sequence[Tensor]) -> Tensor:
+        """What all ranks' pieces are together."""
+        cut = [piece.split([size // len(pieces) for _, size in self.segments], self.dim) for piece in pieces]
+        return torch.cat([part for segment in zip(*cut, strict=True) for part in segment], self.dim)
 
 
 def cuts(config: ModelConfig) -> dict[str, Cut]:

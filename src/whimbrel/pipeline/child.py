@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,8 @@ from whimbrel.errors import UserError
 from whimbrel.pipeline.recipe import Node
 
 _LOST = "one of its processes ended without a word, as when memory runs out"
+SIOCGIFADDR = 0x8915
+"""Linux's question for an interface's address (netdevice(7))."""
 GRACE = 15.0
 """Seconds in which processes whose peers on another host are gone may end by themselves."""
 
@@ -41,6 +46,8 @@ class Seat:
     rank: int = 0
     address: str = ""
     port: int = 0
+    here: str = ""
+    """The address of this host by which others are reached."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +175,26 @@ def _launcher(job: Job) -> list[str]:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Several processes share the cores, unless somebody has said otherwise."""
+    """Several processes share the cores, and those of several hosts talk where the hosts do, unless somebody has said
+    otherwise: gloo by itself takes what the host's own name stands for, often 127.0.1.1.
+    """
     if job.node.processes == 1:
         return dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // job.here)), **os.environ}
+    name = _interface(job.seat.here) if job.seat.nodes > 1 else ""
+    talk = {"GLOO_SOCKET_IFNAME": name} if name else {}
+    return {"OMP_NUM_THREADS": str(max(1, cores // job.here)), **talk, **os.environ}
+
+
+def _interface(address: str) -> str:
+    """The network interface whose first address this is; empty where Linux does not say."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex() if sys.platform == "linux" else ():
+            with suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return ""
 
 
 @contextmanager
@@ -230,10 +252,11 @@ def _end_with_others(child: subprocess.Popen[bytes], workers: Sequence[int], los
 
 def _cause(job: Job, last: Mapping[str, Any], code: int) -> Exception:
     """One line for the way in which a stage ended."""
-    name, log = job.node.name, job.log
+    name, log, seat = job.node.name, job.log, job.seat
+    if last.get("event") == "error" and last["user"]:
+        return UserError(f"stage {name}: {last['text']}")
+    name += f" on host {seat.rank} ({socket.gethostname()})" if seat.nodes > 1 else ""
     if last.get("event") == "error":
-        if last["user"]:
-            return UserError(f"stage {name}: {last['text']}")
         if last["reason"] == "disk":
             return UserError(f"stage {name}: no space left for {job.out}; free some, then the same command goes on")
         if last["reason"] == "peer":

@@ -4,9 +4,9 @@ Host 0 leads. It alone holds the lock, decides what runs, keeps records and resu
 their part of every stage that has several processes; torchrun joins the parts (static rendezvous, so that rank 0 is on
 host 0). Between the hosts go JSON lines over TCP, and a line that ends is a host that is gone:
 
-    host r:  {"host": r, "recipe": digest}      host 0:  {"token": what FOLDER/.hosts holds}, or {"over": trouble}
-             {"ended": trouble or null}                  {"stage": name, "port": of its rendezvous}
-                                                         {"over": trouble or null}
+    host r:  {"host": r, "name", "recipe": digest}    host 0:  {"token": what FOLDER/.hosts holds}, or {"over": trouble}
+             {"ended": trouble or null}                {"stage": name, "port": of its rendezvous}
+                                                       {"over": trouble or null}
 
 `trouble` is {"kind", "text"}. Nothing is encrypted and nobody is asked who he is, as with torchrun: a network of one's
 own is assumed.
@@ -38,6 +38,8 @@ from whimbrel.pipeline.recipe import Node, Recipe
 PORT = 29400
 PATIENCE = 600.0
 """Seconds that hosts wait for each other at the start."""
+SILENCE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6), ("TCP_USER_TIMEOUT", 40_000))
+"""A host without power, or behind a cable that is cut, is gone after 40 s, whether something was said to it or not."""
 TOKEN = ".hosts"
 Trouble = dict[str, str]
 
@@ -52,10 +54,22 @@ class Hosts:
     port: int = PORT
 
     @classmethod
-    def of(cls, nodes: int | None, rank: int | None, endpoint: str | None, environment: Mapping[str, str]) -> Hosts:
-        """From torchrun's words; without any of them from what `srun` says. Raises UserError for what does not fit."""
+    def of(
+        cls, nodes: int | None, rank: int | None, endpoint: str | None, environment: Mapping[str, str], wanted: int = 0
+    ) -> Hosts:
+        """From torchrun's words; without any of them from what `srun` says. `wanted` is what the recipe says (0: it
+        says nothing), which `nodes` overrides. Raises UserError for what does not fit.
+        """
         if nodes is None and rank is None and endpoint is None:
-            return cls._slurm(environment)
+            found = cls._slurm(environment)
+            if wanted not in (0, found.nodes):
+                started = f"srun started {found.nodes}" if found.nodes > 1 else "this host was started alone"
+                raise UserError(
+                    f"launch.nodes is {wanted}, but {started}; start it on {wanted} hosts, each with --node-rank and "
+                    f"--rdzv-endpoint or all with srun, or set launch.nodes to {found.nodes}"
+                )
+            return found
+        nodes = nodes or wanted or None if nodes is None else nodes
         if nodes is None or nodes < 1:
             raise UserError(f"--nodes is {nodes}; set --nodes to the number of hosts, 1 or more")
         if nodes == 1:
@@ -99,11 +113,15 @@ class Line:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket, self.inbox, self.bad = connection, queue.Queue[dict[str, Any] | None](), threading.Event()
+        self.here = str(connection.getsockname()[0])
+        """The address of this host by which the other one is reached."""
+        self.name = ""
+        """What the other host calls itself."""
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):  # a host without power
+        for name, value in SILENCE:
             if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -167,13 +185,15 @@ class Leader:
         if job.node.processes == 1 or not self.others:
             return attend(job, hear)
         if gone := [host for host, line in self.others.items() if line.bad.is_set()]:
-            raise _gone(job, gone[0])
+            raise self._gone(job, gone[0])
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
         for line in self.others.values():
             line.say({"stage": job.node.name, "port": port})
-        seat, last, found = Seat(self.hosts.nodes, 0, self.hosts.address, port), dict[str, Any](), list[BaseException]()
+        here = next(iter(self.others.values())).here
+        seat = Seat(self.hosts.nodes, 0, self.hosts.address, port, here)
+        last, found = dict[str, Any](), list[BaseException]()
         try:
             last = attend(
                 replace(job, seat=seat), hear, lambda: any(line.bad.is_set() for line in self.others.values())
@@ -183,17 +203,17 @@ class Leader:
         for host, line in self.others.items():
             word = line.hear(2 * GRACE)
             if word is None:
-                found.append(_gone(job, host))
+                found.append(self._gone(job, host))
             elif word["ended"]:
                 found.append(_error(word["ended"]))
         if found:
             raise next((error for error in found if not isinstance(error, Lost)), found[0])
         return last
 
-
-def _gone(job: Job, host: int) -> StageError:
-    what = f"stage {job.node.name}: host {host} is gone; the same command on every host goes on from the last save"
-    return StageError(f"{what} (log: {job.log.with_suffix(f'.host{host}.log')})")
+    def _gone(self, job: Job, host: int) -> StageError:
+        what = f"stage {job.node.name}: host {host} ({self.others[host].name}) is gone"
+        log = job.log.with_suffix(f".host{host}.log")
+        return StageError(f"{what}; the same command on every host goes on from the last save (log: {log})")
 
 
 @contextmanager
@@ -258,6 +278,7 @@ def _gather(hosts: Hosts, recipe: str, token: str, others: dict[int, Line], disp
                     line.say({"over": {"kind": "user", "text": wrong}})
                     line.close()
                     raise UserError(f"host {word['host']}: {wrong}")
+                line.name = str(word.get("name", ""))
                 others[word["host"]] = line
 
 
@@ -297,7 +318,7 @@ def _part(node: Node, port: int, hosts: Hosts, folder: Path, line: Line, display
     """Run this host's processes of a stage; returns what went wrong."""
     paths = {name: folder / source if isinstance(source, str) else source for name, source in node.inputs.items()}
     log = folder / "logs" / f"{node.name}.host{hosts.rank}.log"
-    seat = Seat(hosts.nodes, hosts.rank, hosts.address, port)
+    seat = Seat(hosts.nodes, hosts.rank, hosts.address, port, line.here)
     display.start(node.name)
     try:
         attend(Job(node, paths, folder / f"{node.name}.partial", log, None, seat), display.event, line.bad.is_set)
@@ -324,7 +345,7 @@ def _call(hosts: Hosts, recipe: Recipe, folder: Path, display: Display) -> Line:
                     "the same command on it, with --node-rank 0"
                 ) from None
             time.sleep(0.5)
-    line.say({"host": hosts.rank, "recipe": digest(recipe)})
+    line.say({"host": hosts.rank, "name": socket.gethostname(), "recipe": digest(recipe)})
     word = line.hear(PATIENCE) or {"over": {"kind": "user", "text": "host 0 went away; start it again on every host"}}
     if "over" in word:
         line.close()

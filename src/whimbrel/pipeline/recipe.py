@@ -3,6 +3,7 @@
 name: first-flight
 about: One sentence for the report.
 seed: 0                       # for every stage that has a seed and is not given one
+launch: {nodes: 1}            # hosts that it wants; may be left out
 stages:
   documents:                  # a name of your choice, and the folder it is written to
     stage: data               # one of the table in stages.py
@@ -27,7 +28,7 @@ from whimbrel.pipeline.claims import Claim
 from whimbrel.pipeline.stages import STAGES, Stage, locate
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TOP = ("name", "about", "seed", "claims", "stages")
+_TOP = ("name", "about", "seed", "launch", "claims", "stages")
 _NODE = ("stage", "inputs", "launch", "config")
 _TAKEN = ("stages", "logs", "old", "generations", "run")
 
@@ -71,6 +72,8 @@ class Recipe:
     seed: int | None
     nodes: tuple[Node, ...]
     claims: tuple[Claim, ...] = ()
+    hosts: int = 0
+    """Hosts that it wants, `launch.nodes`; 0: it does not say."""
 
     def text(self) -> str:
         """The resolved recipe as YAML; reading it back gives the same graph."""
@@ -85,7 +88,7 @@ class Recipe:
         }
         claims = [claim.model_dump(exclude_defaults=True) for claim in self.claims]
         head = {"name": self.name, "about": self.about, "seed": self.seed, "claims": claims, "stages": stages}
-        return config.to_yaml(head)
+        return config.to_yaml(head | ({"launch": {"nodes": self.hosts}} if self.hosts else {}))
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), table: Mapping[str, Stage] = STAGES) -> Recipe:
@@ -119,7 +122,10 @@ def build(top: Mapping[str, Any], where: str, table: Mapping[str, Stage] = STAGE
     for claim in claims:
         for stage in claim.stages - set(nodes):
             raise UserError(f"claims: {claim.say!r} names the stage {stage!r}; {nearest(stage, nodes)}")
-    return Recipe(name, about, seed, tuple(nodes[key] for key in _order(nodes)), claims)
+    hosts = _mapping(top.get("launch"), "launch", ("nodes",)).get("nodes", 0)
+    if not isinstance(hosts, int) or isinstance(hosts, bool) or hosts < 0:
+        raise UserError(f"launch.nodes is {hosts!r}; set launch.nodes to the number of hosts, for example 2")
+    return Recipe(name, about, seed, tuple(nodes[key] for key in _order(nodes)), claims, hosts)
 
 
 def _mapping(value: Any, where: str, known: Sequence[str] | None = None) -> dict[str, Any]:

@@ -31,12 +31,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "sft": (),
     "dpo": ("context",),
     "reward": ("context",),
-    "grpo": ("fsdp", "context", "tensor"),
+    "grpo": ("context",),
 }
 """Axes that a stage cannot use."""
 NOTES = {
     "dpo": "  reference        its log-probabilities alone, computed before the first step",
-    "grpo": "  drawing          is not in the time of a step; without `fsdp` a process holds all of this",
+    "grpo": "  drawing          is not in the time of a step",
 }
 
 
@@ -58,7 +58,7 @@ class TrainingPlanSettings:
     stage: str = "pretrain"
     """pretrain, sft, dpo, reward or grpo: what lies beside the model."""
     sequences: int = 0
-    """grpo: answers that each process draws at once, groups × group_size over `data`."""
+    """grpo: answers that each process draws at once, groups × group_size over all processes."""
     reference: bool = False
     """grpo: a frozen reference lies beside the policy, as with any `kl`."""
 
@@ -77,7 +77,7 @@ class TrainingPlanSettings:
             raise UserError(f"accumulate is {self.accumulate}; set accumulate to {self.parallel.copies}")
         if not 0 < self.mfu <= 1:
             raise UserError(f"mfu is {self.mfu}; set mfu in (0, 1], for example 0.35")
-        if self.stage != "grpo":
+        if self.stage != "grpo":  # whose micro-batches are made of what was drawn
             self.parallel.check_batches(self.accumulate)
 
 
@@ -103,6 +103,8 @@ class TrainingPlan:
     logits_bytes: int
     reference_bytes: int
     """The weights of a frozen reference."""
+    drawer_bytes: int
+    """Whole weights that the engine has of its own, where the model is cut."""
     engine_bytes: int
     """Keys, values and recurrent states of the answers that are drawn."""
     reserve_bytes: int
@@ -138,6 +140,7 @@ class TrainingPlan:
             ("activations", self.activation_bytes, self._activations()),
             ("logits", self.logits_bytes, "of a chunk of rows, and their gradient"),
             ("reference", self.reference_bytes, "frozen weights, float32"),
+            ("drawer", self.drawer_bytes, "the engine's own weights, whole, float32"),
             ("engine", self.engine_bytes, "keys, values and states of the answers that are drawn"),
             ("reserve", self.reserve_bytes, "kept free"),
         ]
@@ -238,6 +241,9 @@ def _parts(
         * count.FLOAT32
         * (settings.stage != "reward"),
         "reference_bytes": weights * settings.reference,
+        "drawer_bytes": count.total(config)
+        * count.FLOAT32
+        * (settings.stage == "grpo" and axes.fsdp * axes.tensor > 1),
         "engine_bytes": _engine_bytes(config, settings.sequences, length),
     }, kept[not settings.recompute]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ def chosen(model: Any, settings: Fp8) -> dict[str, nn.Linear]:
 def converted(model: Any, settings: Fp8) -> Iterator[list[str]]:
     """Inside the block the chosen layers multiply in FP8 while gradients are taken; names of parameters do not change.
 
-    Without gradients (evaluation) they multiply as ever. Raises `UserError` if no layer is suitable.
+    Without gradients (evaluation) they multiply as ever, and so they do behind the block, also under what was put
+    around them inside (`tensor`). Raises `UserError` if no layer is suitable.
     """
     layers = chosen(model, settings)
     if settings.recipe != "none" and not layers:
@@ -133,15 +135,23 @@ def converted(model: Any, settings: Fp8) -> Iterator[list[str]]:
         )
     open_to = {mlp.down_proj: mlp for mlp in model.modules() if isinstance(mlp, MLP) and not mlp.gated}
     squared = [open_to[module] for module in layers.values() if module in open_to]
-    for module in layers.values():
-        module.forward = _forward(module, settings.recipe, module in open_to)  # type: ignore[method-assign]
-    for mlp in squared:
-        mlp.forward = _through(mlp)  # type: ignore[method-assign]
+    here: dict[nn.Module, Any] = {m: _forward(m, settings.recipe, m in open_to) for m in layers.values()}
+    here |= {mlp: _through(mlp) for mlp in squared}
+    inside, before = [True], {module: vars(module).get("forward") for module in here}
+    for module, forward in here.items():
+        here[module] = module.forward = partial(_either, inside, forward, module.forward)
     try:
         yield list(layers)
     finally:
-        for changed in (*layers.values(), *squared):
-            del changed.forward
+        inside.clear()
+        for module, forward in here.items():
+            if vars(module)["forward"] is forward:
+                del module.forward
+                vars(module).update({"forward": before[module]} if before[module] else {})
+
+
+def _either(inside: list[bool], here: Any, before: Any, *args: Any) -> Any:
+    return (here if inside else before)(*args)
 
 
 def _forward(module: nn.Linear, recipe: str, squared: bool) -> Any:

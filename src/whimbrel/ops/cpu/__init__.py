@@ -10,6 +10,7 @@ from whimbrel.ops.cpu.linear import FEW, linear
 from whimbrel.ops.cpu.mamba import mamba_layer
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
 from whimbrel.ops.cpu.pointwise import conv, gated_norm, relu2, rms_norm
+from whimbrel.ops.cpu.prompt import prompt_attention
 from whimbrel.ops.cpu.scan import ssd
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "log_prob",
     "mamba_layer",
     "network",
+    "prompt_attention",
     "readable",
     "relu2",
     "rms_norm",

@@ -14,7 +14,7 @@ from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import scan as vectorised
 
-PIECE = 128
+PIECE = 256
 """Tokens from one state that is kept for the backward pass to the next."""
 
 _Scan = structure(
