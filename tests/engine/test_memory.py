@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whimbrel.engine import Engine, Sampling, memory
+from whimbrel.engine import Engine, Sampling, bench, memory
 from whimbrel.engine.memory import MOST, Room, sizes
 from whimbrel.engine.plan import plan
 from whimbrel.engine.pool import Pool
@@ -134,3 +134,13 @@ def test_free_memory_of_a_gpu_counts_what_torch_keeps_and_a_limit_set_for_the_pr
     assert memory.free_memory(torch.device("cuda")) == 40
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
     assert memory.free_memory(torch.device("cuda")) == 10
+
+
+def test_keys_beside_packed_weights_are_halves_as_bench_measures_them(tokenizer):
+    model = bench.load("hybrid-tiny", "int8")
+    engine = Engine(model, tokenizer, max_sequences=2, kv_tokens=64, report=lambda event: None)
+    state = engine.start()._running().pool.state
+    kinds = {pool.dtype for pools in (state.k, state.v) for pool in pools.values()}
+    assert kinds == {model.kv_dtype} == {torch.float16}
+    (answer,) = engine.generate([[5, 6, 7]], Sampling(temperature=0, max_tokens=5))
+    assert answer.ids

@@ -224,7 +224,9 @@ def test_pickles_and_other_files_are_refused(tmp_path, saved):
 
 def test_what_is_no_model_is_said(tmp_path, saved):
     _, folder = saved
-    assert error("smollm") == "there is no folder or .gguf file smollm; `whimbrel fetch` brings smollm2"
+    said = "there is no folder or .gguf file {}; `whimbrel fetch` brings models ({})"
+    assert error("smollm") == said.format("smollm", "did you mean 'smollm2'?")
+    assert error("heron") == said.format("heron", "known: smollm2")
     assert "there is no folder" in error(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "config.json" in error(tmp_path / "empty")

@@ -38,7 +38,7 @@ def test_equals_the_truth(pairs, kv, shared, width, large):
     expected = reference.attention(q.double(), k.double(), v.double(), queries, keys)
     for isa in ISAS:
         with instruction_set(isa):
-            assert gap(cpu.attention(q, k, v, queries, keys), expected) < 2e-5, isa
+            assert gap(cpu.prompt_attention(q, k, v, queries, keys), expected) < 2e-5, isa
 
 
 def test_slices_of_wider_rows_threads_and_runs():
@@ -53,24 +53,24 @@ def test_slices_of_wider_rows_threads_and_runs():
         found = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            found.append(cpu.attention(q, k, v, queries, keys))
+            found.append(cpu.prompt_attention(q, k, v, queries, keys))
     finally:
         torch.set_num_threads(threads)
     assert gap(found[0], expected) < 2e-5
     assert all(torch.equal(found[0], other) for other in found)
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)  # heads are no neighbours
-    assert torch.equal(cpu.attention(turned, k, v, queries, keys), found[0])
+    assert torch.equal(cpu.prompt_attention(turned, k, v, queries, keys), found[0])
 
 
 def test_nan_and_infinity_reach_those_who_see_them_and_nobody_else():
     segments = Segments.of([100, 3])
     for spoil in (float("nan"), float("inf")):
         q, k, v = (normal(103, 2, 16, seed=seed) for seed in (5, 6, 7))
-        clean = cpu.attention(q, k, v, segments, segments)
+        clean = cpu.prompt_attention(q, k, v, segments, segments)
         k[70, 1] = spoil
         for isa in ISAS:
             with instruction_set(isa):
-                y = cpu.attention(q, k, v, segments, segments)
+                y = cpu.prompt_attention(q, k, v, segments, segments)
             assert not torch.isfinite(y[70:100, 1]).all(-1).any(), isa
             assert gap(y[:70], clean[:70]) < 2e-5 and gap(y[:, 0], clean[:, 0]) < 2e-5, isa
             assert gap(y[100:], clean[100:]) < 2e-5, isa
@@ -79,9 +79,9 @@ def test_nan_and_infinity_reach_those_who_see_them_and_nobody_else():
 def test_gradients_and_other_dtypes_are_left_to_torch():
     segments = Segments.of([9])
     leaves = [normal(9, 2, 4, seed=seed).requires_grad_() for seed in (1, 2, 3)]
-    mine, theirs = (form.attention(*leaves, segments, segments) for form in (cpu, vectorised))
+    mine, theirs = (form(*leaves, segments, segments) for form in (cpu.prompt_attention, vectorised.attention))
     assert mine.requires_grad
     assert torch.equal(mine, theirs)
     double = [leaf.detach().double() for leaf in leaves]
-    assert cpu.attention(*double, segments, segments).dtype == torch.float64
-    assert cpu.attention(*(leaf[:0] for leaf in leaves), Segments.of([0]), Segments.of([0])).shape == (0, 2, 4)
+    assert cpu.prompt_attention(*double, segments, segments).dtype == torch.float64
+    assert cpu.prompt_attention(*(leaf[:0] for leaf in leaves), Segments.of([0]), Segments.of([0])).shape == (0, 2, 4)

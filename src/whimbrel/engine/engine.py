@@ -98,8 +98,8 @@ class Engine:
     def sizes(self) -> tuple[int, int]:
         """Sequences, and tokens of keys and values, that `start` makes room for; `UserError` where not one fits."""
         memory = self.memory or int(free_memory(self.device) * SHARE.get(self.device.type, 0.5))
-        name = str(self.dtype).removeprefix("torch.")
-        room = Room(self.model.config, memory, name, self.state_dtype, self.block_size, self.prefill_tokens)
+        name, kv = (str(kind).removeprefix("torch.") for kind in (self.dtype, self.model.kv_dtype))
+        room = Room(self.model.config, memory, name, self.state_dtype, self.block_size, self.prefill_tokens, kv)
         return sizes(room, self._asked, self.kv_tokens, self.memory is not None or self.device.type != "cpu")
 
     @property
@@ -119,6 +119,7 @@ class Engine:
                 device=self.device,
                 spare=self.device.type == "cuda",
                 state_dtype=getattr(torch, self.state_dtype),
+                kv_dtype=self.model.kv_dtype,
             )
             self._scheduler = Scheduler(pool, self.prefill_tokens)
             self._graphs = DecodeGraphs(self.model, pool) if self.device.type == "cuda" else None

@@ -55,11 +55,13 @@ class Room:
     state_dtype: str = "float32"
     block_size: int = 16
     prefill_tokens: int = 512
+    kv_dtype: str | None = None
+    """Of keys and values; None: what is computed with."""
 
     @property
     def block(self) -> int:
         """Bytes of a block of keys and values."""
-        return count.kv_bytes(self.config, self.block_size, dtype=count.computed(self.dtype))
+        return count.kv_bytes(self.config, self.block_size, dtype=self.kv_dtype or count.computed(self.dtype))
 
     @property
     def each(self) -> int:

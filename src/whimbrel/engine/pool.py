@@ -35,6 +35,7 @@ class Pool:
         device: torch.device,
         spare: bool = False,
         state_dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.block_size = block_size
         self.attends = ATTENTION in config.pattern
@@ -46,6 +47,7 @@ class Pool:
             block_size=block_size,
             dtype=dtype,
             ssm_dtype=state_dtype,
+            kv_dtype=kv_dtype,
             device=device,
         )
         self.version: int | None = None

