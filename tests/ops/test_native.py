@@ -370,7 +370,7 @@ def test_losses_compute_no_gradient_that_nobody_wants(loss_of, frozen, alike):
 
 @pytest.mark.parametrize("place", [1, 2])
 def test_a_decay_that_is_no_number_is_not_lost(place):
-    """In dt from its token on, in a everywhere, and in its gradient; other heads, chunks and sequences do not see it."""
+    """In dt from its token on, in a everywhere, and its gradient; other heads, chunks and sequences do not see it."""
     segments, g = Segments.of([300, 9]), torch.Generator().manual_seed(0)
     row = [torch.randn(309, 2, 8, generator=g), torch.rand(309, 2, generator=g), -torch.rand(2, generator=g),
            *torch.randn(2, 309, 2, 8, generator=g), torch.ones(2)]  # fmt: skip

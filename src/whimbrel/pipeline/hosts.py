@@ -67,7 +67,7 @@ class Hosts:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(
-                    f"what srun says of this step cannot be read ({error}); set --nodes, --node-rank and --rdzv-endpoint"
+                    f"what srun says cannot be read ({error}); set --nodes, --node-rank and --rdzv-endpoint"
                 ) from None
             if wanted not in (0, found.nodes):
                 started = f"srun started {found.nodes}" if found.nodes > 1 else "this host was started alone"
