@@ -34,7 +34,7 @@
 namespace whimbrel::WHIMBREL_ISA {
 namespace {
 
-constexpr float least = 1e-30f;  // products of decays below this are 0, long before numbers become slow
+constexpr float least = 1e-30f;  // products of decays below this are 0, long before numbers become slow; NaN stays
 
 float dot(const float* x, const float* y, int64_t n) {
     vec total{};
@@ -75,11 +75,11 @@ struct alignas(64) Decays {
         float gone = 1.0f;
         for (int64_t i = 0; i < count; i++) {
             gone *= decay[i];
-            from_start[i] = gone = gone > least ? gone : 0.0f;
+            from_start[i] = gone = gone < least ? 0.0f : gone;
         }
         fade = gone, gone = 1.0f;
         for (int64_t i = count - 1; i >= 0; i--) {
-            to_end[i] = gone = gone > least ? gone : 0.0f;
+            to_end[i] = gone = gone < least ? 0.0f : gone;
             weight[i] = gone * dt[i];
             gone *= decay[i];
         }
@@ -99,7 +99,7 @@ struct Between {
     [[gnu::always_inline]] void next(int64_t i, float decay) {
         UNROLL for (int64_t q = 0; q < chunk / lanes; q++) {
             const vec v = row[q] * decay;
-            row[q] = diagonal(q, i) ? vec{} + 1.0f : v > least ? v : vec{};
+            row[q] = diagonal(q, i) ? vec{} + 1.0f : v < least ? vec{} : v;
         }
     }
 };

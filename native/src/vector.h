@@ -115,8 +115,8 @@ inline float fast_exp(float x) {
 
 inline vec fast_exp(vec x) {
     const vec zero{}, half = zero + 0.5f;
-    x = larger(x, zero - 87.0f);
-    x = x < zero + 88.0f ? x : zero + 88.0f;
+    x = x < zero - 87.0f ? zero - 87.0f : x;  // in this order NaN stays
+    x = x > zero + 88.0f ? zero + 88.0f : x;
     const places whole = __builtin_convertvector(x * 1.44269504f + (x < zero ? -half : half), places);
     const vec n = __builtin_convertvector(whole, vec), f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = f * 1.9875691500e-4f + 1.3981999507e-3f;

@@ -368,6 +368,24 @@ def test_losses_compute_no_gradient_that_nobody_wants(loss_of, frozen, alike):
     assert gap(ours[name].grad, theirs[name].grad) < 2e-5
 
 
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_decay_that_is_no_number_is_not_lost(place):
+    """In dt from its token on, in a everywhere, and its gradient; other heads, chunks and sequences do not see it."""
+    segments, g = Segments.of([300, 9]), torch.Generator().manual_seed(0)
+    row = [torch.randn(309, 2, 8, generator=g), torch.rand(309, 2, generator=g), -torch.rand(2, generator=g),
+           *torch.randn(2, 309, 2, 8, generator=g), torch.ones(2)]  # fmt: skip
+    row[place][..., 1][(slice(40, 41) if place == 1 else ...)] = float("nan")
+    begin, end = (40, 300) if place == 1 else (0, 309)
+    for isa in ISAS:
+        leaves = [v.clone().requires_grad_() for v in row]
+        with instruction_set(isa):
+            y, final, _ = cpu.ssd(*leaves, segments)
+            (y.sum() + final.sum()).backward()
+        assert y[begin:end, 1].isnan().all() and final[0, 1].isnan().all(), isa
+        assert not y[:, 0].isnan().any() and not y[: begin // 32 * 32].isnan().any() and not y[end:].isnan().any(), isa
+        assert leaves[2].grad.isnan().tolist() == [False, True], isa
+
+
 def test_logits_that_are_large_or_infinite_keep_their_loss():
     hidden, targets = torch.tensor([[1.0], [-1.0], [1.0]]), torch.tensor([0, 1, 2])
     weight = torch.tensor([[3000.0], [-3000.0], [2999.0]])

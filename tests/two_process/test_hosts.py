@@ -208,6 +208,8 @@ def test_hosts_are_read_from_torchruns_words_or_from_slurm(words: Any, place: Ho
         ((2, 0, "a:65536", {}), "--rdzv-endpoint is a:65536; set it"),
         ((2, 0, "a:0", {}), "--rdzv-endpoint is a:0; set it"),
         ((None, None, None, {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "8"}), "--ntasks-per-node to 1"),
+        ((None, None, None, {"SLURM_STEP_NUM_NODES": "two"}), "'two'.*; set --nodes, --node-rank and --rdzv-endpoint"),
+        ((None, None, None, {"SLURM_STEP_NUM_NODES": "2"}), "SLURM_STEP_NODELIST.*; set --nodes, --node-rank and"),
         ((None, None, None, {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NODEID": "0",
                              "MASTER_PORT": "99999"}), "--rdzv-endpoint is n1:99999; set it"),
     ],

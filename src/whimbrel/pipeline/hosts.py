@@ -61,7 +61,14 @@ class Hosts:
         says nothing), which `nodes` overrides. Raises UserError for what does not fit.
         """
         if nodes is None and rank is None and endpoint is None:
-            found = cls._slurm(environment)
+            try:
+                found = cls._slurm(environment)
+            except (KeyError, ValueError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"what srun says cannot be read ({error}); set --nodes, --node-rank and --rdzv-endpoint"
+                ) from None
             if wanted not in (0, found.nodes):
                 started = f"srun started {found.nodes}" if found.nodes > 1 else "this host was started alone"
                 raise UserError(
