@@ -67,6 +67,7 @@ def decided(folder: Path) -> dict[str, Tensors]:
         left_out = undecided(seen["alone"], seen["exact"], 1e-6)
         assert share_of(left_out) < 1e-3
         found[stage] = {names[ours]: mask for ours, mask in left_out.items()}
+        found[stage]["lm_head.weight"] = left_out["embeddings.weight"]  # tied: files hold it under both names
     return found
 
 
