@@ -7,16 +7,18 @@ from typing import Any
 
 
 def decoding(place: Any, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """The 9B shape at 4k, rounded to the nearest in int8, int4 and FP8: one sequence, and as many as a kernel takes."""
+    """The 9B shape at 4k, rounded to the nearest in int8, int4 and FP8: one sequence to 256."""
+    from gpu_floors import BATCHES, BITS, DEPTH, PEERS
+
     from whimbrel.engine import bench
 
-    context = 64 if place.dry else 4096
-    for dtype in ("int8", "int4", "fp8"):
+    context = 64 if place.dry else DEPTH
+    for dtype in BITS:
         try:
             place.fresh()
-            model = place.model("nemotron-nano-9b-v2")
+            model = place.model(PEERS[0])
             bench.round_weights(model, dtype, rows=True)
-            for batch in (1, 2) if place.dry else (1, 8, 64):
+            for batch in (1, 2) if place.dry else BATCHES:
                 task = bench.Task(model, context, batch)
                 seconds, moved = place.seconds(task.decode, 1.0), task.bytes("decode")
                 yield {"dtype": dtype, "batch": batch, "context": context, "seconds": seconds,

@@ -114,12 +114,17 @@ def error(got: Sequence[Tensor], true: Sequence[Tensor]) -> float:
     return worst
 
 
+def forms(device: torch.device) -> Iterator[tuple[Any, torch.dtype | None, torch.device]]:
+    """The kernels, float64, and `ops/torch` on the device; kernels first, so that `gpu_prepare` meets them alone."""
+    yield ops.gpu()[0], None, device
+    yield vectorised, torch.float64, torch.device("cpu")
+    yield vectorised, None, device
+
+
 def one_token(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """`conv_step`, `ssd_step` or `mamba_step` on many sequences: errors of the kernel and of `ops/torch` against
     float64, of outputs and of what is kept.
     """
-    kernels = ops.gpu()[0]
-    assert kernels is not None
     if name == "mamba_step":
         return whole_layer(device, dtype)
     count, heads, groups, width, size = 9, 8, 2, 80, 128
@@ -130,17 +135,13 @@ def one_token(name: str, device: torch.device, dtype: torch.dtype) -> tuple[floa
         x, dt, rate, b, c, d, _ = scan_inputs(count, heads, groups, width, size, 1)
         row = [x.to(dtype), dt.float(), rate.float(), b.to(dtype), c.to(dtype), d.float()]
         held = normal(12, heads, width, size).float()
-    for module, kind, place in (
-        (vectorised, torch.float64, torch.device("cpu")),
-        (kernels, None, device),
-        (vectorised, None, device),
-    ):
+    for module, kind, place in forms(device):
         state = held.to(place, kind or (dtype if name == "conv_step" else torch.float32), copy=True)
         state = state.transpose(1, 2) if name == "conv_step" else state
         given = [v.to(place, kind or v.dtype) for v in row]
         y = getattr(module, name)(*given, state, slots.to(place))
         results.append([y.cpu().double(), state.cpu().double()])
-    return error(results[1], results[0]), error(results[2], results[0])
+    return error(results[0], results[1]), error(results[2], results[1])
 
 
 def whole_layer(device: torch.device, dtype: torch.dtype, count: int = 9) -> tuple[float, float]:
@@ -153,12 +154,7 @@ def whole_layer(device: torch.device, dtype: torch.dtype, count: int = 9) -> tup
     row += [normal(heads).float(), -normal(heads).exp().float(), normal(heads).float(), (1 + normal(inner)).to(dtype)]
     tails, states, results = normal(12, 3, channels), normal(12, heads, width, size).float(), []
     slots, next_z = torch.randperm(12)[:count], normal(count, row[0].shape[1]).to(dtype)
-    kernels = ops.gpu()[0]
-    for module, kind, place in (
-        (vectorised, torch.float64, torch.device("cpu")),
-        (kernels, None, device),
-        (vectorised, None, device),
-    ):
+    for module, kind, place in forms(device):
         tail = tails.to(dtype).to(place, kind or dtype, copy=True).transpose(1, 2)
         state = states.to(place, kind or torch.float32, copy=True)
         given, found = [v.to(place, kind or v.dtype) for v in row], []
@@ -166,7 +162,7 @@ def whole_layer(device: torch.device, dtype: torch.dtype, count: int = 9) -> tup
             y = module.mamba_step(z, *given[1:], tail, state, slots.to(place), groups, 1e-5, (0.001, 1.0))
             found.append(y.cpu().double())
         results.append([*found, tail.cpu().double(), state.cpu().double()])
-    return error(results[1], results[0]), error(results[2], results[0])
+    return error(results[0], results[1]), error(results[2], results[1])
 
 
 def paged(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -177,9 +173,9 @@ def paged(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     q, k, v = normal(4, 40, 128), normal(blocks, 16, 8, 128), normal(blocks, 16, 8, 128)
     table = torch.randperm(blocks)[: 4 * 45].view(4, 45)
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    true = [vectorised.paged_attention(q.double(), k.double(), v.double(), table, lengths)]
     there = [t.to(device) for t in (q, k, v, table)]
     both = [[m.paged_attention(*there, lengths).cpu().double()] for m in (kernels, vectorised)]
+    true = [vectorised.paged_attention(q.double(), k.double(), v.double(), table, lengths)]
     return error(both[0], true), error(both[1], true)
 
 
@@ -195,13 +191,13 @@ def half_state(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     row = [x.to(dtype), dt.float(), rate.float(), b.to(dtype), c.to(dtype), d.float()]
     held, slots = normal(count, heads, width, size).half(), torch.arange(count)
     exact, seeds = held.double(), torch.arange(count) * 4096
-    vectorised.ssd_step(*(v.double() for v in row), exact, slots)
     found = []
     for more in (0, 1):
         state = held.to(device, copy=True)
         y = kernels.ssd_step(*(v.to(device) for v in row), state, slots.to(device), seed=(seeds + more).to(device))
         found.append((state.cpu().double(), y.cpu().double()))
     (state, y), (other, _) = found
+    vectorised.ssd_step(*(v.double() for v in row), exact, slots)
     step = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=2**-14))) - 10)
     off = (state - exact) / step
     far = ((state - exact).abs() - step).max()
@@ -249,14 +245,14 @@ def product(device: torch.device, dtype: torch.dtype, bits: int, count: int, sma
     kernels = ops.gpu()[0]
     assert kernels is not None
     outputs, inputs = (37, 288) if small else (1111, 15680)
-    weight = packed.by_rows(packed.round_to_nearest(normal(outputs, inputs).float(), bits))
-    assert weight.scales is not None
-    there = replace(weight, codes=weight.codes.to(device), scales=weight.scales.to(device))
+    there = packed.by_rows(packed.round_to_nearest(torch.randn(outputs, inputs, device=device), bits))
+    assert there.scales is not None
+    weight = replace(there, codes=there.codes.cpu(), scales=there.scales.cpu())
     x, bias = normal(count, inputs).to(dtype), normal(outputs).to(dtype)
-    true = [x.double() @ packed.unpack(weight).double().t() + bias.double()]
     given = (x.to(device), there, bias.to(device))
-    both = [error([m.linear(*given).cpu().double()], true) for m in (kernels, vectorised)]
-    return both[0], both[1]
+    both = [[m.linear(*given).cpu().double()] for m in (kernels, vectorised)]
+    true = [x.double() @ packed.unpack(weight).double().t() + bias.double()]
+    return error(both[0], true), error(both[1], true)
 
 
 def alive(device: torch.device) -> bool:
@@ -269,6 +265,35 @@ def alive(device: torch.device) -> bool:
     return True
 
 
+def against(
+    device: torch.device, form: Any, inputs: list[Tensor], kept: set[int], dtype: torch.dtype
+) -> tuple[float, float]:
+    """Errors of the kernel and of `ops/torch` against float64, of outputs and gradients."""
+    low = [v.float() if place in kept else v.to(dtype) for place, v in enumerate(inputs)]
+    mine = run(form(ops.gpu()[0], device), [v.to(device, copy=True) for v in low])
+    true = run(form(vectorised, torch.device("cpu")), [v.double() for v in low])
+    plain = run(form(vectorised, device), [v.to(device, copy=True) for v in low])
+    return error(mine, true), error(plain, true)
+
+
+def listed(device: torch.device, small: bool = False) -> Iterator[tuple[str, Callable[[], tuple[float, float]]]]:
+    """Every case and what runs it, by worth: bfloat16, which all rows need, in the order in which they need it."""
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(int(time.time()))
+        word = str(dtype).removeprefix("torch.")
+        for name in ("conv_step", "ssd_step", "mamba_step"):
+            yield f"{name} {word}", partial(one_token, name, device, dtype)
+        yield f"paged_attention {word}", partial(paged, device, dtype)
+        for name, form, inputs, kept in cases(small, dtype):
+            yield f"{name} {word}", partial(against, device, form, inputs, kept, dtype)
+        if dtype == torch.bfloat16:
+            yield "draw float32", partial(draws, device)
+        yield f"ssd_step {word}, float16 state", partial(half_state, device, dtype)
+        for bits in (8, 4):  # one row, some, many, and more than a kernel takes
+            for rows in (1, 40, 70, 300) if dtype == torch.bfloat16 else (1, 40, 70):
+                yield f"linear {word}, int{bits} x {rows}", partial(product, device, dtype, bits, rows, small)
+
+
 def checks(
     device: torch.device, small: bool = False, end: float = float("inf"), skip: int = 0
 ) -> Iterator[dict[str, Any]]:
@@ -279,48 +304,19 @@ def checks(
     if kernels is None:
         yield {"ok": False, "failed": f"no Triton: {ops.gpu()[1]}"}
         return
-
-    def against(form: Any, inputs: list[Tensor], kept: set[int], dtype: torch.dtype) -> tuple[float, float]:
-        low = [v.float() if place in kept else v.to(dtype) for place, v in enumerate(inputs)]
-        true = run(form(vectorised, torch.device("cpu")), [v.double() for v in low])
-        mine = run(form(kernels, device), [v.to(device, copy=True) for v in low])
-        plain = run(form(vectorised, device), [v.to(device, copy=True) for v in low])
-        return error(mine, true), error(plain, true)
-
-    for dtype in (torch.bfloat16, torch.float32):
-        torch.manual_seed(int(time.time()))
-        word = str(dtype).removeprefix("torch.")
-        work: list[tuple[str, Callable[[], tuple[float, float]]]] = [
-            (f"{name} {word}", lambda name=name, dtype=dtype: one_token(name, device, dtype))  # type: ignore[misc]
-            for name in ("conv_step", "ssd_step", "mamba_step")
-        ]
-        work += [
-            (f"paged_attention {word}", lambda dtype=dtype: paged(device, dtype)),  # type: ignore[misc]
-            (f"ssd_step {word}, float16 state", lambda dtype=dtype: half_state(device, dtype)),  # type: ignore[misc]
-        ]
-        work += [
-            (f"{name} {word}", lambda row=(form, inputs, kept, dtype): against(*row))  # type: ignore[misc]
-            for name, form, inputs, kept in cases(small, dtype)
-        ]
-        work += [  # one row, some, and more than the kernel takes
-            (f"linear {word}, int{bits} x {rows}", partial(product, device, dtype, bits, rows, small))
-            for bits in (8, 4)
-            for rows in (1, 40, 70)
-        ]
-        work += [(f"draw {word}", lambda: draws(device))] if dtype == torch.float32 else []
-        for label, function in work:
-            number += 1
-            if number <= skip:
-                continue
-            if time.perf_counter() > end:
-                bad.append(f"{label} (no time)")
-                continue
-            found = judged(label, function)
-            seen, bad = seen + 1, bad + [label] * (not found["ok"])
-            yield found
-            if not found["ok"] and not alive(device):
-                yield {"ok": False, "lost": label}
-                return
+    for label, function in listed(device, small):
+        number += 1
+        if number <= skip:
+            continue
+        if time.perf_counter() > end:
+            bad.append(f"{label} (no time)")
+            continue
+        found = judged(label, function)
+        seen, bad = seen + 1, bad + [label] * (not found["ok"])
+        yield found
+        if not found["ok"] and not alive(device):
+            yield {"ok": False, "lost": label}
+            return
     yield {"ok": not bad, "cases": seen, "wrong": bad, "seconds": time.perf_counter() - begin}
 
 

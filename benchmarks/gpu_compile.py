@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 from whimbrel import ops
 from whimbrel.ops import Segments
 
-SHOWN = ("HALF", "C", "P", "BP", "BN", "BO", "BM", "BITS", "BLOCK", "R")
+SHOWN = ("HALF", "C", "P", "BP", "BN", "BO", "BM", "WIDE", "GROUP", "BITS", "BLOCK", "R")
 SHOWN += ("REVERSE", "STORE", "BACKWARD", "num_warps", "num_stages")
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 BF16 = torch.bfloat16
@@ -80,6 +80,7 @@ def scan(kernels: Any) -> None:
         dt, a = torch.empty(tokens, heads), torch.empty(heads)
         leaves = [v.requires_grad_() for v in (x, dt, a, b, b.clone(), a.clone())]
         kernels.ssd(*leaves, Segments.of([tokens]))[0].sum().backward()
+        kernels.ssd(*(v[:512] if len(v) == tokens else v for v in leaves), Segments.of([512]))  # one piece
 
 
 def steps(kernels: Any) -> None:
@@ -129,16 +130,18 @@ def rows(kernels: Any) -> None:
 
 
 def fewbits(kernels: Any) -> None:
-    """Products of the 9B with weights of 8 and 4 bits: one row, 64, prompts; inputs whole and in parts; rows to FP8."""
+    """Products of the 9B with weights of 8 and 4 bits: few rows, many, prompts; inputs in parts; rows to FP8."""
     from whimbrel.ops.packed import Packed
     from whimbrel.ops.triton import quantise
 
     quantise.by_rows(torch.empty(8, 15680, dtype=BF16))
     for bits in (8, 4):
-        for outputs, inputs, rows in ((4480, 15680, 1), (4480, 15680, 64), (131072, 4480, 16), (512, 4480, 65)):
+        for outputs, inputs, rows, group in ((4480, 15680, 1, 32), (4480, 15680, 64, 32), (131072, 4480, 16, 32),
+                                             (4480, 15680, 65, 32), (131072, 4480, 256, 32), (4480, 15616, 256, 64),
+                                             (4480, 15616, 256, 128), (512, 4480, 257, 32)):  # fmt: skip
             codes = torch.empty(outputs, inputs * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
-            scales = torch.empty(inputs // 32, outputs, dtype=torch.float16).t()
-            weight = Packed(codes, scales, (outputs, inputs), bits, 32, "rows")
+            scales = torch.empty(inputs // group, outputs, dtype=torch.float16).t()
+            weight = Packed(codes, scales, (outputs, inputs), bits, group, "rows")
             kernels.linear(torch.empty(rows, inputs, dtype=BF16), weight)
 
 

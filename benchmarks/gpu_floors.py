@@ -28,6 +28,8 @@ CAP = 22.06 * 2**30
 LONG_CAP = 80e9
 RULES = ("reserved", "on demand")
 BATCHES, DEPTH = (1, 8, 64, 256), 4096
+BITS = ("int8", "int4", "fp8")
+"""Weights of few bits."""
 JOBS = ((8192, 16384), (1024, 8192), (32768, 1024))
 LONG = (65536, 1024)
 PEERS, LONG_PEERS = ("nemotron-nano-9b-v2", "qwen3-8b"), ("nemotron-h-8b", "llama-3.1-8b")
@@ -129,6 +131,19 @@ def _decode(card: Card) -> Iterator[Record]:
                "least": 0.60 * rate, "aim": 0.75 * rate}  # fmt: skip
 
 
+def _bits(card: Card) -> Iterator[Record]:
+    """As `decode`; only FP8 is multiplied in 8 bits."""
+    config = preset(PEERS[0])
+    for dtype in BITS:
+        for batch in BATCHES:
+            moved = sum(count.decode_bytes(config, DEPTH, batch, dtype).values())
+            work = batch * count.flops_per_token(config, DEPTH) / (card.fp8 if dtype == "fp8" else card.peak)
+            seconds = max(moved / card.bandwidth, work)
+            yield {"row": "few_bits", "dtype": dtype, "batch": batch, "context": DEPTH, "floor_seconds": seconds,
+                   "bytes": moved, "tokens_per_second": batch / seconds,
+                   "over_bfloat16": step_seconds(config, DEPTH, batch, card) / seconds}  # fmt: skip
+
+
 def _peers(card: Card) -> Iterator[Record]:
     for into, out in JOBS:
         row = "peers" if (into, out) == JOBS[0] else "peers_more"
@@ -186,7 +201,7 @@ def _scan(card: Card) -> Iterator[Record]:
 def floors(card: Card = H200) -> list[Record]:
     """Of every row that has one, in the order of the rows' worth."""
     said = {"row": "ceilings"} | asdict(card)
-    return [said, *_decode(card), *_peers(card), *_train(card), *_long(card), *_scan(card)]
+    return [said, *_decode(card), *_peers(card), *_train(card), *_long(card), *_scan(card), *_bits(card)]
 
 
 def as_text(records: list[Record]) -> str:

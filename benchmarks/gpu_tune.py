@@ -74,11 +74,15 @@ def work(kernel: str, width: int, size: int) -> tuple[Callable[[], object], Iter
         return lambda: ops.mamba_step(*given, groups, 1e-5), grid(
             width=(8, 16, 32), num_warps=(2, 4, 8), programs=(528, 1056, 2112)
         )
-    if kernel == "linear":  # int8, 16 rows; `width` outputs and `size` inputs
+    if kernel.startswith("linear"):  # int8, 16 or 256 rows; `width` outputs and `size` inputs
         codes = torch.randint(-127, 128, (width, size), device=device, dtype=torch.int8)
         scales = torch.rand(size // 32, width, device=device, dtype=torch.float16).t()
         weight = Packed(codes, scales, (width, size), 8, 32, "rows")
-        x = torch.randn(16, size, device=device, dtype=BF16)
+        x = torch.randn(256 if kernel == "linear_wide" else 16, size, device=device, dtype=BF16)
+        if kernel == "linear_wide":  # `rows` 0: unpacked, as prompts are
+            return lambda: ops.linear(x, weight), grid(
+                rows=(256, 0), outputs=(64, 128), programs=(128, 256, 512), num_warps=(4, 8), num_stages=(2, 3, 4)
+            )
         return lambda: ops.linear(x, weight), grid(
             rows=(64,), outputs=(32, 64, 128), programs=(264, 528, 1056), num_warps=(2, 4, 8), num_stages=(2, 4, 6)
         )
@@ -117,13 +121,14 @@ def main() -> None:
     names = ("mamba_step", "ssd_step", "scan", "scan_walk", "scan_reading", "scan_writing")
     cases = [(kernel, *shape) for kernel in names
              for shape in ((64, 128), (80, 128), (64, 256))] + [("paged", 128, 0)]  # fmt: skip
-    cases += [("linear", *shape) for shape in ((4480, 15680), (15680, 4480), (22656, 4480), (4480, 10240))]
+    cases += [(kernel, *shape) for kernel in ("linear", "linear_wide")
+              for shape in ((4480, 15680), (15680, 4480), (22656, 4480), (4480, 10240))]  # fmt: skip
     begin = time.perf_counter()
     for number, (kernel, width, size) in enumerate(cases):
         end = begin + said.seconds * (number + 1) / len(cases)
         chosen, least, now = best(kernel, width, size, end)
         shape = f"E={width}" if kernel == "paged" else f"P={width},N={size}"
-        shape = f"O={width},I={size}" if kernel == "linear" else shape
+        shape = f"O={width},I={size}" if kernel.startswith("linear") else shape
         print(f"{kernel:<14} {shape:<14} {now:8.3f} ms -> {least:8.3f} ms {chosen or 'as it is'}", flush=True)
         if chosen:
             table["kernels"][kernel][shape] = chosen

@@ -1,5 +1,6 @@
 """What the tests of Triton kernels share: the interpreter, or a GPU, and comparisons with float64."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,9 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def mend_interpreter():
-    """Three faults of triton 3.6: it makes indices of arrays of one element by int(), which numpy 2.4 refuses; it
-    multiplies bfloat16 matrices by the whole numbers that stand for them; rounding to FP8 loses carries.
+    """Four faults of triton 3.6: it makes indices of arrays of one element by int(), which numpy 2.4 refuses; it
+    multiplies bfloat16 matrices by the whole numbers that stand for them; rounding to FP8 loses carries; float32 is cut
+    off to bfloat16, where a GPU rounds to the nearest.
     """
     from triton.runtime import interpreter
 
@@ -31,6 +33,15 @@ def mend_interpreter():
         codes = torch.from_numpy(src.data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return interpreter.TensorHandle(codes, kind.scalar)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def to_bfloat16(builder, src, kind):
+        if src.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return cast(builder, src, kind)
+        codes = torch.from_numpy(np.array(src.data, np.float32)).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(codes, kind.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = to_bfloat16
     interpreter.InterpreterBuilder.create_fp_to_fp = to_fp8
     interpreter._patch_lang_tensor = patch
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(self, a), wide(self, b), *rest)
@@ -51,10 +62,15 @@ def apart(x, extra=3):
     return wide[..., 1 : 1 + x.shape[-1]]
 
 
-def run(function, leaves, seed=0):
-    """Outputs, and gradients of a fixed random sum of them for every leaf that takes one."""
+def run(function, leaves, seed=0, like=None):
+    """Outputs, and gradients of a fixed random sum of them for every leaf that takes one; its weights are rounded as
+    outputs `like` are, or these.
+    """
     outputs = [y for y in function(*leaves) if y.numel()]
-    weights = [normal(*y.shape, seed=seed + place).to(y) for place, y in enumerate(outputs)]
+    kinds = [y.dtype for y in like or outputs]
+    weights = [
+        normal(*y.shape, seed=seed + k).to(kind).to(y) for k, (y, kind) in enumerate(zip(outputs, kinds, strict=True))
+    ]
     total = sum((y * w).sum() for y, w in zip(outputs, weights, strict=True))
     wanting = [v for v in leaves if v is not None and v.requires_grad]
     return outputs, torch.autograd.grad(total, wanting) if wanting else []
@@ -68,7 +84,8 @@ def gap(got, expected):
 
 
 def compare(kernel, true, leaves, dtype=torch.float32, most=2e-5, seed=0, kept=()):
-    """A kernel in `dtype` against the definition in float64 on the same rounded inputs; leaves `kept` stay float32.
+    """A kernel in `dtype` against the definition in float64 on the same rounded inputs, also of the gradient of the
+    outputs; leaves `kept` stay float32.
 
     `most`: the largest gap of an output or gradient.
     """
@@ -85,7 +102,7 @@ def compare(kernel, true, leaves, dtype=torch.float32, most=2e-5, seed=0, kept=(
         for v in given
     ]
     outputs, gradients = run(kernel, given, seed)
-    expected, expected_gradients = run(true, exact, seed)
+    expected, expected_gradients = run(true, exact, seed, outputs)
     for place, (y, e) in enumerate(zip(outputs, expected, strict=True)):
         assert gap(y, e) < most, f"output {place}"
     for place, (y, e) in enumerate(zip(gradients, expected_gradients, strict=True)):

@@ -169,6 +169,34 @@ def test_the_ratios_predicted_are_those_of_plan(monkeypatch):
     assert written == json.loads(json.dumps(said)), "python benchmarks/gpu_measure.py --dry-run writes them anew"
 
 
+def test_decoding_is_timed_without_triton_too(monkeypatch):
+    """As the other rows are: in torch's form, once a batch."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_measure
+
+    from whimbrel import ops
+
+    monkeypatch.setitem(sys.modules, "whimbrel.ops.triton", None)
+    ops.gpu.cache_clear()
+    try:
+        found = list(gpu_measure.decode(gpu_measure.Place(dry=True, known=(1e9, 1e9))))
+        assert ops.gpu()[0] is None
+    finally:
+        ops.gpu.cache_clear()
+    assert [record["batch"] for record in found] == [1, 2] and all(record["seconds"] > 0 for record in found)
+    assert not any(record["one_kernel"] for record in found)
+
+
+def test_kernels_compiled_beforehand_are_found_by_another_process(tmp_path, monkeypatch):
+    """Two processes share a case and compile each kernel once; a process that goes on by itself finds all of them."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    words = ("gpu_prepare.py", "--cases", "gated_norm,relu2", "--processes")
+    first, second = (json.loads(script(*words, count).stdout) for count in (2, 1))
+    kernels = first["kernels"]
+    assert kernels >= 8 and first["compiled"] == kernels and first["found"] == 0 < first["longest"]
+    assert second["found"] == second["kernels"] == kernels and second["compiled"] == 0
+
+
 @pytest.mark.slow
 def test_every_row_runs_in_a_dry_run(tmp_path):
     out = tmp_path / "results.jsonl"

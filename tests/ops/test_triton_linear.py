@@ -12,6 +12,7 @@ assert kernels is not None, ops.gpu()[1]
 from whimbrel.ops.triton import fewbits as module  # noqa: E402
 from whimbrel.ops.triton import launch  # noqa: E402
 
+WIDE = {"rows": 256, "outputs": 16, "programs": 12, "num_warps": 4, "num_stages": 2}
 SETTINGS = {"rows": 64, "outputs": 16, "programs": 12, "num_warps": 4, "num_stages": 2}
 
 
@@ -46,30 +47,46 @@ def test_rows_mean_what_panels_mean(bits, group, outputs):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows, outputs, inputs, group, biased", [
     (1, 1, 32, 32, False), (3, 37, 9 * 32, 32, True), (17, 40, 3 * 64, 64, False), (64, 16, 128, 128, True),
-    (70, 33, 5 * 32, 32, True), (2, 90, 32 * 13, 32, True),
+    (70, 33, 5 * 32, 32, True), (2, 90, 32 * 13, 32, True), (65, 1, 32, 32, False), (128, 90, 9 * 64, 64, True),
+    (131, 21, 13 * 32, 32, True), (256, 37, 5 * 128, 128, False), (257, 3, 64, 32, True),
 ])  # fmt: skip
 def test_products(rows, outputs, inputs, group, biased, bits, dtype, most):
-    """One row, rows that lie apart, odd outputs, a part of the groups a program; more rows than the kernel takes."""
+    """One row, rows that lie apart, odd outputs, parts of the groups; many rows, and more than a kernel takes."""
     weight, bias = matrix(outputs, inputs, bits, group)[1], normal(outputs, seed=3).to(dtype) if biased else None
     x = normal(rows, inputs, seed=rows).to(dtype)
     true = reference.linear(x.double(), weight, None if bias is None else bias.double())
-    with launch.trial("linear", SETTINGS):
+    with launch.trial("linear", SETTINGS), launch.trial("linear_wide", WIDE):
         got = kernels.linear(apart(x).to(DEVICE), there(weight), None if bias is None else bias.to(DEVICE))
     assert got.dtype == dtype and gap(got, true) < most
     plain = vectorised.linear(x.to(DEVICE), there(weight), None if bias is None else bias.to(DEVICE))
     assert gap(plain, true) < 2 * most
 
 
+@pytest.mark.parametrize("rows", [40, 200])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_row_does_not_depend_on_its_mates_and_a_run_repeats(bits):
-    weight, x = there(matrix(50, 9 * 32, bits, 32)[1]), normal(40, 288).to(DEVICE, torch.bfloat16)
-    with launch.trial("linear", SETTINGS):
+def test_a_row_does_not_depend_on_its_mates_and_a_run_repeats(bits, rows):
+    """Not within a kernel: up to 64 rows, or more."""
+    weight, x = there(matrix(50, 9 * 32, bits, 32)[1]), normal(rows, 288).to(DEVICE, torch.bfloat16)
+    with launch.trial("linear", SETTINGS), launch.trial("linear_wide", WIDE):
         together = kernels.linear(x, weight)
         assert torch.equal(together, kernels.linear(x, weight))
-        for row in (0, 17, 39):
-            alone = kernels.linear(x[row : row + 1], weight)
+        for row in (0, 17, rows - 1):
+            few = [row, *range(65)] if rows > 64 else [row]
+            alone = kernels.linear(x[few], weight)
             # A GPU may sum tiles of 16 and of 64 rows in another order.
             assert torch.equal(alone[0], together[row]) if DEVICE == "cpu" else gap(alone[0], together[row]) < 1e-2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [65, 200])
+def test_many_rows_meet_the_weights_that_unpacking_would_give(bits, rows, monkeypatch):
+    """Rounded once: rows that are 1 at one input alone bring back the matrix."""
+    weight, x = there(matrix(50, 224, bits, 32)[1]), torch.eye(224, device=DEVICE, dtype=torch.bfloat16)[:rows]
+    unpacked = module.unpack(weight.codes, weight.scales, bits, 32, torch.bfloat16)
+    monkeypatch.setattr(module, "unpack", None)
+    with launch.trial("linear_wide", WIDE):
+        got = kernels.linear(x, weight)
+    assert torch.equal(got, unpacked.t()[:rows]) and torch.equal(unpacked.cpu(), packed.unpack(weight).cpu().bfloat16())
 
 
 @pytest.mark.parametrize("bits", [8, 4])

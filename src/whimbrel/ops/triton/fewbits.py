@@ -1,9 +1,10 @@
 """Products with weights of 8 or 4 bits that lie in rows (`ops/packed.py`): few rows, as in decoding, read each code once.
 
 A program takes some outputs and all inputs, or a part of them where outputs alone would not fill the device; the parts
-are summed in their order by a second kernel, so a run repeats bit for bit. Codes are exact in bfloat16; the sum of a
-group is in float32 before it meets its scale. Many rows (prompts): some million weights at a time are unpacked in one
-pass and meet all rows in torch's product. M rows, O outputs, I inputs.
+are summed in their order by a second kernel, so a run repeats bit for bit. Codes are exact in bfloat16; with up to 64
+rows the sum of a group is in float32 before it meets its scale. More rows of bfloat16 (`linear_wide` of the tables) meet
+weights that are made of codes and scale in registers, 128 at a time. Still more (prompts): some million weights at a
+time are unpacked in one pass and meet all rows in torch's product. M rows, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from whimbrel.ops.triton.launch import cdiv, fits, power, settings
 def _few(
     x, codes, scales, bias, y, rows, outputs, groups, each, x_stride, o_stride, g_stride,
     GROUP: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, BO: tl.constexpr,
-    BM: tl.constexpr, DOT: tl.constexpr,
+    BM: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """y [parts, M, O] of one part of the groups; with WHOLE there is one part, and y is the result."""
-    o, m = tl.program_id(0) * BO + tl.arange(0, BO), tl.program_id(2) * BM + tl.arange(0, BM)
+    """y [parts, M, O] of one part of the groups; with WHOLE there is one part, and y is the result. Scales meet the sum of
+    a group, or with WIDE the codes themselves, which are rounded once, so that sums go on from group to group.
+    """
+    o, m = tl.program_id(2) * BO + tl.arange(0, BO), tl.program_id(0) * BM + tl.arange(0, BM)
     part, wide = tl.program_id(1), GROUP * BITS // 8
     i = tl.arange(0, GROUP * BITS // 8)
     here, there = (o < outputs)[:, None], (m < rows)[None, :]
@@ -35,14 +38,17 @@ def _few(
     for g in range(part * each, tl.minimum(part * each + each, groups)):
         q = tl.load(code + g * wide, mask=here, other=0)
         v = tl.load(v_at + g * GROUP, mask=there, other=0.0)
+        scale = tl.load(scales + o * o_stride + g * g_stride, mask=o < outputs, other=0.0).to(tl.float32)[:, None]
+        by = scale if WIDE else 1.0
+        sums = total if WIDE else tl.zeros([BO, BM], tl.float32)
         if BITS == 8:
-            sums = tl.dot(q.to(tl.float32).to(v.dtype), v, input_precision=DOT)
+            sums = tl.dot((q.to(tl.float32) * by).to(v.dtype), v, sums, input_precision=DOT)
         else:
             beyond = tl.load(v_at + g * GROUP + wide, mask=there, other=0.0)
-            sums = tl.dot(((q & 15).to(tl.int8) - 8).to(tl.float32).to(v.dtype), v, input_precision=DOT)
-            sums = tl.dot(((q >> 4).to(tl.int8) - 8).to(tl.float32).to(v.dtype), beyond, sums, input_precision=DOT)
-        scale = tl.load(scales + o * o_stride + g * g_stride, mask=o < outputs, other=0.0).to(tl.float32)
-        total += sums * scale[:, None]
+            low, high = ((q & 15).to(tl.int8) - 8).to(tl.float32) * by, ((q >> 4).to(tl.int8) - 8).to(tl.float32) * by
+            sums = tl.dot(low.to(v.dtype), v, sums, input_precision=DOT)
+            sums = tl.dot(high.to(v.dtype), beyond, sums, input_precision=DOT)
+        total = sums if WIDE else total + sums * scale
     if BIAS and WHOLE:
         total += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)[:, None]
     to = y + (part * rows + m).to(tl.int64)[None, :] * outputs + o[:, None]
@@ -95,10 +101,12 @@ def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = Non
         return vectorised.linear(x_TD, weight_OD, bias_O)
     assert weight_OD.scales is not None and weight_OD.codes.is_contiguous()
     (outputs, inputs), scales = weight_OD.shape, weight_OD.scales
-    chosen = settings("linear", O=outputs, I=inputs)
     x = x_TD.reshape(-1, inputs)
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows = x.shape[0]
+    chosen = settings("linear", O=outputs, I=inputs)
+    if wide := rows > chosen["rows"] and x.dtype == torch.bfloat16:
+        chosen = settings("linear_wide", O=outputs, I=inputs)
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if rows > chosen["rows"]:
         for begin in range(0, outputs, max(1, SLICE // inputs)):
@@ -107,14 +115,16 @@ def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = Non
             y[:, mine] = vectorised.linear(x, some, None if bias_O is None else bias_O[mine])
     elif rows:
         groups, block = inputs // weight_OD.group, chosen["outputs"]
-        each = cdiv(groups, min(cdiv(chosen["programs"], cdiv(outputs, block)), max(1, groups // 4)))
-        splits, high = cdiv(groups, each), power(rows, 16)
+        blocks = cdiv(outputs, block)
+        wanted = max(1, chosen["programs"] // blocks) if wide else cdiv(chosen["programs"], blocks)
+        each = cdiv(groups, min(wanted, max(1, groups // 4)))
+        splits, high = cdiv(groups, each), 128 if wide else min(power(rows, 16), 64)
         to = y if splits == 1 else torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
         bias = y if bias_O is None else bias_O
-        _few[(cdiv(outputs, block), splits, cdiv(rows, min(high, 64)))](
+        _few[(cdiv(rows, high), splits, blocks)](
             x, weight_OD.codes, scales, bias, to, rows, outputs, groups, each, x.stride(0), *scales.stride(),
             GROUP=weight_OD.group, BITS=weight_OD.bits, WHOLE=splits == 1, BIAS=bias_O is not None, BO=block,
-            BM=min(high, 64), DOT="tf32x3" if x.dtype == torch.float32 else "tf32",
+            BM=high, WIDE=wide, DOT="tf32x3" if x.dtype == torch.float32 else "tf32",
             num_warps=chosen["num_warps"], num_stages=chosen["num_stages"],
         )  # fmt: skip
         if splits > 1:

@@ -14,7 +14,8 @@ With cs the running sum of dt a inside a chunk, L_ij = exp(cs_i - cs_j) for i >=
     y_i = sum_j (C_i.B_j) L_ij dt_j x_j + exp(cs_i) S0 C_i + D x_i      S1 = exp(cs_end) S0 + sum_j exp(cs_end - cs_j) dt_j x_j B_j'
 Exponents are never positive. With Q_ij the product of a score (C_i.B_j) L_ij dt_j and its gradient, the gradient of cs_i is
 sum_j (Q_ij - Q_ji) + exp(cs_i) dy_i.S0 C_i - exp(cs_end - cs_i) dt_i x_i.dS1 B_i. Both sums are of the same rounded numbers:
-they cancel exactly where they must.
+they cancel exactly where they must. The gradient of a sums these over all tokens and nearly cancels itself, and half its error in
+bfloat16 came of S0, rounded for dy_i.S0 C_i: `_walk` has it in float32 and writes what rounding takes from each such number.
 
 T tokens, S sequences, H heads, P head width, N state size, G groups, n pieces, m chunks, C tokens of a chunk.
 """
@@ -37,17 +38,18 @@ from whimbrel.ops.triton.launch import cdiv, fits, power, settings
 
 @triton.jit
 def _walk(
-    x, dt, a, b, start, store, end, fade, begins, chunks, tokens, x_stride, b_stride,
+    x, dt, a, b, dy, c, start, store, lost, end, fade, begins, chunks, tokens, x_stride, b_stride, dy_stride, c_stride,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     REVERSE: tl.constexpr, STARTED: tl.constexpr, STORE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Carry a state [N, P] through the chunks of a piece, from zero or from `start`.
 
     Forward it gathers dt_j exp(cs_end - cs_j) B_j x_j' of x and B; in reverse exp(cs_i) C_i dy_i' of dy and C. Before each
-    chunk it may store the state; at the end it writes it, and the decay over the whole piece.
+    chunk it may store the state, and going forward `lost`, exp(cs_i) dy_i.R C_i [P / BP, H, T] of what rounding took from
+    it, R; at the end it writes the state, and the decay over the whole piece.
     """
     h, piece = tl.program_id(0) % H, tl.program_id(1)
-    p, n = (tl.program_id(0) // H) * BP + tl.arange(0, BP), tl.arange(0, BN)
+    p, n = (tl.program_id(0) // H * BP if P > BP else 0) + tl.arange(0, BP), tl.arange(0, BN)
     begin, stop = tl.load(begins + piece), tl.load(begins + piece + 1)
     rate = tl.load(a + h)
     inside = (n < N)[:, None] & (p < P)[None, :]
@@ -62,13 +64,26 @@ def _walk(
     for k in range(0, count):
         chunk = count - 1 - k if REVERSE else k
         if STORE:
-            tl.store(store + (first + chunk) * wide + place, state.to(store.dtype.element_ty), mask=inside)
+            rounded = state.to(store.dtype.element_ty)
+            tl.store(store + (first + chunk) * wide + place, rounded, mask=inside)
         i = begin + chunk * C + tl.arange(0, C)
         real = i < stop
         steps = tl.load(dt + h.to(tl.int64) * tokens + i, mask=real, other=0.0)
         cs = tl.cumsum(steps * rate, 0)
         total = tl.sum(steps * rate, 0)
         at = i.to(tl.int64)
+        if STORE and not REVERSE and store.dtype.element_ty != tl.float32:
+            up = tl.load(
+                dy + at[:, None] * dy_stride + h * P + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0
+            )
+            reads = tl.load(
+                c + at[:, None] * c_stride + (h // SHARED) * N + n[None, :],
+                mask=real[:, None] & (n < N)[None, :],
+                other=0.0,
+            )
+            rest = tl.dot(reads, (state - rounded.to(tl.float32)).to(reads.dtype), input_precision=DOT)
+            rest = tl.sum(rest * up.to(tl.float32), 1) * tl.exp(cs)
+            tl.store(lost + tl.program_id(0).to(tl.int64) * tokens + i, rest, mask=real)
         xs = tl.load(x + at[:, None] * x_stride + h * P + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0)
         bs = tl.load(
             b + at[:, None] * b_stride + (h // SHARED) * N + n[None, :],
@@ -76,8 +91,8 @@ def _walk(
             other=0.0,
         )
         weight = tl.exp(cs) if REVERSE else tl.exp(total - cs) * steps
-        weighted = (bs.to(tl.float32) * weight[:, None]).to(xs.dtype)
-        state = tl.dot(tl.trans(weighted), xs, state * tl.exp(total), input_precision=DOT)
+        weighted = (xs.to(tl.float32) * weight[:, None]).to(xs.dtype)
+        state = tl.dot(tl.trans(bs), weighted, state * tl.exp(total), input_precision=DOT)
         whole += total
     tl.store(end + piece.to(tl.int64) * wide + place, state, mask=inside)
     if tl.program_id(0) < H:
@@ -120,7 +135,7 @@ def _read(
 ):  # fmt: skip
     """y of a piece, and the state after it where it is wanted."""
     h, piece = tl.program_id(0) % H, tl.program_id(1)
-    p, n, j = (tl.program_id(0) // H) * BP + tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, C)
+    p, n, j = (tl.program_id(0) // H * BP if P > BP else 0) + tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, C)
     begin, stop = tl.load(begins + piece), tl.load(begins + piece + 1)
     rate, skip = tl.load(a + h), tl.load(d + h)
     inside = (n < N)[:, None] & (p < P)[None, :]
@@ -129,28 +144,31 @@ def _read(
     state = tl.zeros([BN, BP], tl.float32)
     if STARTED:
         state = tl.load(start + piece.to(tl.int64) * wide + place, mask=inside, other=0.0)
-    for at in range(begin, stop, C):
+    # Whole numbers of 32 bits from here on: a piece is short.
+    first, length, group = begin.to(tl.int64), stop - begin, (h // SHARED) * N
+    x += first * x_stride + h * P
+    b += first * b_stride + group
+    c += first * c_stride + group
+    y += first * (H * P) + h * P
+    dt += h.to(tl.int64) * tokens + first
+    for at in range(0, length, C):
         i = at + j
-        real = i < stop
-        steps = tl.load(dt + h.to(tl.int64) * tokens + i, mask=real, other=0.0)
+        real = i < length
+        steps = tl.load(dt + i, mask=real, other=0.0)
         cs = tl.cumsum(steps * rate, 0)
         total = tl.sum(steps * rate, 0)
-        far = i.to(tl.int64)[:, None]
-        xs = tl.load(x + far * x_stride + h * P + p[None, :], mask=real[:, None] & (p < P)[None, :], other=0.0)
-        bs = tl.load(
-            b + far * b_stride + (h // SHARED) * N + n[None, :], mask=real[:, None] & (n < N)[None, :], other=0.0
-        )
-        reads = tl.load(
-            c + far * c_stride + (h // SHARED) * N + n[None, :], mask=real[:, None] & (n < N)[None, :], other=0.0
-        )
+        mask, columns = real[:, None] & (p < P)[None, :], real[:, None] & (n < N)[None, :]
+        xs = tl.load(x + i[:, None] * x_stride + p[None, :], mask=mask, other=0.0)
+        bs = tl.load(b + i[:, None] * b_stride + n[None, :], mask=columns, other=0.0)
+        reads = tl.load(c + i[:, None] * c_stride + n[None, :], mask=columns, other=0.0)
+        old = state.to(xs.dtype)
+        weighted = (xs.to(tl.float32) * (tl.exp(total - cs) * steps)[:, None]).to(xs.dtype)
+        state = tl.dot(tl.trans(bs), weighted, state * tl.exp(total), input_precision=DOT)  # first: fewer registers
+        out = tl.dot(reads, old, input_precision=DOT) * tl.exp(cs)[:, None] + skip * xs.to(tl.float32)
         scores = tl.dot(reads, tl.trans(bs), input_precision=DOT)
-        scores *= tl.exp(tl.where(j[:, None] >= j[None, :], cs[:, None] - cs[None, :], float("-inf"))) * steps[None, :]
-        out = tl.dot(reads, state.to(xs.dtype), input_precision=DOT) * tl.exp(cs)[:, None]
-        out = tl.dot(scores.to(xs.dtype), xs, out, input_precision=DOT) + skip * xs.to(tl.float32)
-        mask = real[:, None] & (p < P)[None, :]
-        tl.store(y + far * (H * P) + h * P + p[None, :], out.to(y.dtype.element_ty), mask=mask)
-        weighted = (bs.to(tl.float32) * (tl.exp(total - cs) * steps)[:, None]).to(xs.dtype)
-        state = tl.dot(tl.trans(weighted), xs, state * tl.exp(total), input_precision=DOT)
+        scores *= tl.exp(tl.where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :], float("-inf"))) * steps[None, :]
+        out = tl.dot(scores.to(xs.dtype), xs, out, input_precision=DOT)
+        tl.store(y + i[:, None] * (H * P) + p[None, :], out.to(y.dtype.element_ty), mask=mask)
     row = tl.load(rows + piece)
     if row >= 0:
         tl.store(states + row.to(tl.int64) * wide + place, state, mask=inside)
@@ -173,7 +191,7 @@ def _reading(
     columns = real[:, None] & (n < N)[None, :]
     bs = tl.load(b + far * b_stride + g * N + n[None, :], mask=columns, other=0.0)
     cs_ = tl.load(c + far * c_stride + g * N + n[None, :], mask=columns, other=0.0)
-    product = tl.dot(cs_, tl.trans(bs), input_precision=DOT)
+    product = tl.where(j[:, None] >= j[None, :], tl.dot(cs_, tl.trans(bs), input_precision=DOT), 0.0)
     dproduct = tl.zeros([C, C], tl.float32)
     dreads = tl.zeros([C, BN], tl.float32)
     mask = real[:, None] & (p < P)[None, :]
@@ -187,14 +205,14 @@ def _reading(
         place = (chunk.to(tl.int64) * H + h) * (P * N) + p[:, None] * N + n[None, :]
         old = tl.load(before + place, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
         pairs = tl.dot(up, tl.trans(xs), input_precision=DOT)
-        pairs *= tl.exp(tl.where(j[:, None] >= j[None, :], cs[:, None] - cs[None, :], float("-inf"))) * steps[None, :]
+        pairs *= tl.exp(tl.minimum(cs[:, None] - cs[None, :], 0.0)) * steps[None, :]
         dproduct += pairs
         reached = tl.dot(up, old, input_precision=DOT) * tl.exp(cs)[:, None]
         dreads += reached
         pairs *= product
         read = tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(reached * cs_.to(tl.float32), 1)
         tl.store(reads + h.to(tl.int64) * tokens + i, read, mask=real)
-    low = dproduct.to(bs.dtype)
+    low = tl.where(j[:, None] >= j[None, :], dproduct, 0.0).to(bs.dtype)
     dreads = tl.dot(low, bs, dreads, input_precision=DOT)
     tl.store(dc + far * (G * N) + g * N + n[None, :], dreads.to(dc.dtype.element_ty), mask=columns)
     tl.store(dproducts + ((chunk.to(tl.int64) * G + g) * C + j[:, None]) * C + j[None, :], low)
@@ -210,13 +228,14 @@ def _writing(
     """dB of a chunk and a group; dx, ddt, and the chunk's part of the gradients of a and D, of each head."""
     g, chunk = tl.program_id(0), tl.program_id(1)
     p, n, j = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, C)
-    i = tl.load(begins + chunk) + j
+    begin = tl.load(begins + chunk)
+    i, first = begin + j, begin.to(tl.int64)
     real = i < tl.load(ends + chunk)
-    far = i.to(tl.int64)[:, None]
     columns = real[:, None] & (n < N)[None, :]
-    bs = tl.load(b + far * b_stride + g * N + n[None, :], mask=columns, other=0.0)
-    cs_ = tl.load(c + far * c_stride + g * N + n[None, :], mask=columns, other=0.0)
+    bs = tl.load(b + first * b_stride + g * N + j[:, None] * b_stride + n[None, :], mask=columns, other=0.0)
+    cs_ = tl.load(c + first * c_stride + g * N + j[:, None] * c_stride + n[None, :], mask=columns, other=0.0)
     product = tl.dot(bs, tl.trans(cs_), input_precision=DOT)  # the later token is the column here
+    product = tl.where(j[None, :] >= j[:, None], product, 0.0)  # here, not in each head's exponent: fewer registers
     low = tl.load(dproducts + ((chunk.to(tl.int64) * G + g) * C + j[:, None]) * C + j[None, :])
     dbs = tl.dot(tl.trans(low), cs_, input_precision=DOT)
     inside = (p < P)[:, None] & (n < N)[None, :]
@@ -228,32 +247,34 @@ def _writing(
         cs = tl.cumsum(steps * rate, 0)
         total = tl.sum(steps * rate, 0)
         to_end = tl.exp(total - cs)
-        xs = tl.load(x + far * x_stride + h * P + p[None, :], mask=mask, other=0.0)
-        up = tl.load(dy + far * dy_stride + h * P + p[None, :], mask=mask, other=0.0)
-        place = (chunk.to(tl.int64) * H + h) * (P * N) + p[:, None] * N + n[None, :]
-        new = tl.load(after + place, mask=inside, other=0.0)
-        old = tl.load(before + place, mask=inside, other=0.0)
+        place = (chunk.to(tl.int64) * H + h) * (P * N)
+        new = tl.load(after + place + p[:, None] * N + n[None, :], mask=inside, other=0.0)
+        old = tl.load(before + place + p[:, None] * N + n[None, :], mask=inside, other=0.0)
         last = tl.exp(total) * tl.sum(tl.sum(old.to(tl.float32) * new.to(tl.float32), 1), 0)
-        dbs += tl.dot(xs, new, input_precision=DOT) * (to_end * steps)[:, None]
+        xs = tl.load(x + first * x_stride + h * P + j[:, None] * x_stride + p[None, :], mask=mask, other=0.0)
+        up = tl.load(dy + first * dy_stride + h * P + j[:, None] * dy_stride + p[None, :], mask=mask, other=0.0)
+        tl.store(dd + chunk * H + h, tl.sum(tl.sum(xs.to(tl.float32) * up.to(tl.float32), 1), 0))
+        weighted = (xs.to(tl.float32) * (to_end * steps)[:, None]).to(xs.dtype)
+        dbs = tl.dot(weighted, new, dbs, input_precision=DOT)
         du = tl.dot(bs, tl.trans(new), input_precision=DOT) * to_end[:, None]
         wide = xs.to(tl.float32)
         pull = tl.sum(du * wide, 1) * steps
         last += tl.sum(pull, 0)
-        decay = tl.exp(tl.where(j[None, :] >= j[:, None], cs[None, :] - cs[:, None], float("-inf")))
+        decay = tl.exp(tl.minimum(cs[None, :] - cs[:, None], 0.0))
         du = tl.dot((product * decay).to(xs.dtype), up, du, input_precision=DOT)
         along = tl.sum(du * wide, 1)
-        wide_up = up.to(tl.float32)
         tl.store(
-            dx + far * (H * P) + h * P + p[None, :],
-            (du * steps[:, None] + skip * wide_up).to(dx.dtype.element_ty),
+            dx + first * (H * P) + h * P + j[:, None] * (H * P) + p[None, :],
+            (du * steps[:, None] + skip * up.to(tl.float32)).to(dx.dtype.element_ty),
             mask=mask,
         )
         dcs = tl.load(reads + h.to(tl.int64) * tokens + i, mask=real, other=0.0) - pull
         decays = last + tl.sum(dcs, 0) - tl.cumsum(dcs, 0) + dcs
         tl.store(ddt + h.to(tl.int64) * tokens + i, decays * rate + along, mask=real)
         tl.store(da + chunk * H + h, tl.sum(decays * steps, 0))
-        tl.store(dd + chunk * H + h, tl.sum(tl.sum(wide * wide_up, 1), 0))
-    tl.store(db + far * (G * N) + g * N + n[None, :], dbs.to(db.dtype.element_ty), mask=columns)
+    tl.store(
+        db + first * (G * N) + g * N + j[:, None] * (G * N) + n[None, :], dbs.to(db.dtype.element_ty), mask=columns
+    )
 
 
 class _Shape:
@@ -300,7 +321,7 @@ def _between(
     reverse, count = ends is not None, len(cuts.starts) - 1
     gain, fade = shape.empty(cuts.pieces, torch.float32, x), x.new_empty(cuts.pieces, shape.heads, dtype=torch.float32)
     _walk[(shape.programs, cuts.pieces)](
-        x, dt, a, b, gain, gain, gain, fade, cuts.begins, cuts.chunks, shape.tokens, x.stride(0), b.stride(0),
+        x, dt, a, b, x, b, gain, gain, fade, gain, fade, cuts.begins, cuts.chunks, shape.tokens, x.stride(0), b.stride(0), 0, 0,
         **shape.sizes, **shape.walk, BP=shape.block, REVERSE=reverse, STARTED=False, STORE=False,
     )  # fmt: skip
     between, out = torch.empty_like(gain), shape.empty(count, torch.float32, x)
@@ -360,10 +381,12 @@ class _Scan(torch.autograd.Function):
         into, dinitial = _between(shape, cuts, (dy, dt, a, c), None, dstates)
         before, after = (shape.empty(cuts.count, x.dtype, x) for _ in range(2))
         unused, fade = torch.empty_like(into), x.new_empty(cuts.pieces, shape.heads, dtype=torch.float32)
+        parts = 0 if x.dtype == torch.float32 else shape.programs // shape.heads
+        lost = x.new_empty(parts, shape.heads, shape.tokens, dtype=torch.float32)
         for side, by, state, store, reverse in ((x, b, start, before, False), (dy, c, into, after, True)):
             _walk[(shape.programs, cuts.pieces)](
-                side, dt, a, by, unused if state is None else state, store, unused, fade, cuts.begins, cuts.chunks,
-                shape.tokens, side.stride(0), by.stride(0), **shape.sizes, **shape.walk,
+                side, dt, a, by, dy, c, unused if state is None else state, store, lost, unused, fade, cuts.begins, cuts.chunks,
+                shape.tokens, side.stride(0), by.stride(0), dy.stride(0), c.stride(0), **shape.sizes, **shape.walk,
                 BP=shape.block, REVERSE=reverse, STARTED=state is not None, STORE=True,
             )  # fmt: skip
         dx, ddt = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(dt)
@@ -375,6 +398,8 @@ class _Scan(torch.autograd.Function):
         ends = (cuts.chunk_begins, cuts.chunk_ends, shape.tokens, x.stride(0), b.stride(0), c.stride(0), dy.stride(0))
         launches = [settings(name, P=shape.width, N=shape.size) for name in ("scan_reading", "scan_writing")]
         _reading[grid](x, dt, a, b, c, dy, before, dc, low, reads, *ends, **shape.sizes, **blocks, **launches[0])
+        for part in lost:
+            reads += part
         _writing[grid](
             x, dt, a, b, c, d, dy, before, after, low, reads, dx, ddt, db, da, dd, *ends,
             **shape.sizes, **blocks, **launches[1],
