@@ -91,6 +91,24 @@ def test_scan(lengths, shared, groups, width, size, continues, data, seed):
     compare(run(cpu), run(vectorised), leaves, seed, {2: size_of_decay_terms(leaves, segments, seed, keep)})
 
 
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_gradients_of_a_scan_of_which_one_output_is_used(asked):
+    """y, the last states, or states inside alone: what nobody asks for is 0, whatever was there before."""
+    g, segments, keep = torch.Generator().manual_seed(1), Segments.of([300, 20, 0, 290, 33]), (10, 299, 319, 600)
+    row = [torch.randn(643, 2, 8, generator=g), 0.1 * torch.rand(643, 2, generator=g), -torch.rand(2, generator=g)]
+    leaves = [*row, *torch.randn(2, 643, 1, 8, generator=g), torch.ones(2), torch.randn(5, 2, 8, 8, generator=g)]
+
+    def run(form):
+        return lambda *v: (form.ssd(*v[:6], segments, v[6], keep)[asked], torch.stack([x.sum() for x in v]))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one after the other, in the same scratch
+    try:
+        compare(run(cpu), run(vectorised), leaves, 0, {2: size_of_decay_terms(leaves, segments, 0, keep)})
+    finally:
+        torch.set_num_threads(threads)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=LENGTHS,
