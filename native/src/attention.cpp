@@ -75,7 +75,7 @@ struct Prompt {
         for (int64_t j = 0; j < some; j += lanes) high = larger(high, load(score + j));
         const float top = largest(high);
         for (int64_t j = 0; j < some; j += lanes) {
-            const vec it = load(score + j), weight = it > -INFINITY ? fast_exp(it - top) : it == it ? vec{} : it;
+            const vec it = load(score + j), weight = it == -INFINITY ? vec{} : fast_exp(it - top);
             store(score + j, weight);
             total += weight;
         }
@@ -89,23 +89,18 @@ struct Prompt {
 
 void attention(const Attention& a, int threads) {
     const int64_t group = a.heads / a.kv_heads, at_once = std::max<int64_t>(1, most_rows / group);
+    const auto length = [&](int64_t s) { return a.queries[s + 1] - a.queries[s]; };
+    const auto tasks_of = [&](int64_t s) { return (length(s) + at_once - 1) / at_once * a.kv_heads; };
     int64_t most = 0, tasks = 0;
-    for (int64_t s = 0; s < a.sequences; s++) {
-        most = std::max(most, a.queries[s + 1] - a.queries[s]);
-        tasks += (a.queries[s + 1] - a.queries[s] + at_once - 1) / at_once * a.kv_heads;
-    }
+    for (int64_t s = 0; s < a.sequences; s++) most = std::max(most, length(s)), tasks += tasks_of(s);
 #pragma omp parallel num_threads(threads)
     {
         Prompt work(a, std::min(at_once, most));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t left = tasks - 1 - task, s = 0;  // the last queries of a sequence have the most keys, and come first
-            for (;; s++) {
-                const int64_t here = (a.queries[s + 1] - a.queries[s] + at_once - 1) / at_once * a.kv_heads;
-                if (left < here) break;
-                left -= here;
-            }
-            const int64_t begin = a.queries[s], count = a.queries[s + 1] - begin, key = left % a.kv_heads;
+            for (; left >= tasks_of(s); s++) left -= tasks_of(s);
+            const int64_t begin = a.queries[s], count = length(s), key = left % a.kv_heads;
             const int64_t from = left / a.kv_heads * at_once, head = key * group * a.width;
             work.run(a.q + begin * a.q_stride + head, a.k + a.keys[s] * a.k_stride + key * a.width,
                      a.v + a.keys[s] * a.v_stride + key * a.width, a.y + begin * a.heads * a.width + head, from,

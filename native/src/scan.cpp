@@ -380,6 +380,10 @@ struct Backward : Shape {
     void run_piece(int64_t piece, int64_t first_of, const float* begin, const float* end, bool idle, bool start, int64_t opening) {
         const int64_t from = s.pieces[piece], to = s.pieces[piece + 1], chunks = (to - from + chunk - 1) / chunk;
         const int64_t restored = chunks - (idle || end), g = (first_head + first_of) / shared;
+        const auto fetch = [&](const float* states, int64_t i, int64_t k) {
+            if (states) pack(states + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, k), d_row);
+        };
+        for (int64_t i = first_of; i < first_of + shared; i++) fetch(begin, i, 0), fetch(end, i, chunks);
         const auto size = [&](int64_t k) { return std::min(chunk, to - from - k * chunk); };
         for (int64_t k = 0; k < restored; k++) {
             if (k + 1 < chunks) ask_inputs(from + (k + 1) * chunk, size(k + 1), first_of);
@@ -415,14 +419,8 @@ struct Backward : Shape {
             if (s.slots[piece] >= 0 && out.dkept) add(out.dkept, s.slots[piece], idle), idle = false;
             const float* begin = piece > opening ? s.saved + state(piece, 0) : s.initial ? s.initial + state(sequence, 0) : nullptr;
             const float* end = piece + 1 < s.first[sequence + 1] ? s.saved + state(piece + 1, 0) : nullptr;
-            const int64_t chunks = (s.pieces[piece + 1] - s.pieces[piece] + chunk - 1) / chunk;
-            const auto fetch = [&](const float* states, int64_t i, int64_t k) {
-                if (states) pack(states + (first_head + i) * s.width * s.size, s.size, s.width, s.size, before(i, k), d_row);
-            };
-            for (int64_t group = 0; group < heads; group += shared) {
-                for (int64_t i = group; i < group + shared; i++) fetch(begin, i, 0), fetch(end, i, chunks);
+            for (int64_t group = 0; group < heads; group += shared)
                 run_piece(piece, group, begin, end, idle, piece == opening && !out.dinitial, opening);
-            }
             idle = false;
         }
         for (int64_t i = 0; i < heads; i++) {

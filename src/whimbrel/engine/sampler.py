@@ -86,13 +86,13 @@ def sample(logits_SV: Tensor, draws: Rows[Draw]) -> list[int]:
     """One token for each row. `logits_SV` is float32 and left as it is. One transfer to the host, and one more if rows
     that are not known to be `wide` must be ordered; on a CPU rows of unlike kinds are drawn apart, which is less work.
     """
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Kinds | None, list[int]] = {}
     for row in sorted(range(len(draws)), key=lambda row: not draws[row].wide):
         groups.setdefault(None if logits_SV.is_cuda else _kind(draws[row].sampling), []).append(row)
     tokens = [0] * len(draws)
-    for rows in groups.values():
+    for alike, rows in groups.items():
         mine, part_SV = [draws[row] for row in rows], pick(logits_SV, rows)
-        kind = kinds(mine) if logits_SV.is_cuda else kinds(mine)._replace(ordered=-1)
+        kind = alike._replace(ordered=-1) if alike else kinds(mine)
         settings_6S = None if kind.plain else put(numbers(mine), part_SV.device, torch.float64)
         ids = draw(part_SV, settings_6S, kind, _seen(part_SV, mine) if kind.penalised else None).tolist()
         left = [place for place, token in enumerate(ids) if token < 0]

@@ -68,6 +68,11 @@ def by_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def by_tokens(x: Tensor) -> Tensor:
+    """[T, H, P] whose tokens may lie apart, but whose numbers within a token are neighbours: itself, or a copy."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
 def structure(name: str, pointers: str, numbers: str, reals: str = "") -> type[ctypes.Structure]:
     """A C struct of the header: pointers, then 64-bit integers, then floats, in its order."""
     fields: list[tuple[str, Any]] = [(field, ctypes.c_void_p) for field in pointers.split()]

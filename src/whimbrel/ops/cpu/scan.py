@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whimbrel.ops.cpu.library import address, call, fits, structure
+from whimbrel.ops.cpu.library import address, by_tokens, call, fits, structure
 from whimbrel.ops.memory import fresh
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch import scan as vectorised
@@ -41,12 +41,6 @@ def cut(lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor
     return torch.tensor(begins), torch.tensor(first), torch.tensor(slots)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A tensor whose tokens may lie apart, but whose numbers within a token are neighbours."""
-    dense = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
-    return x if dense else x.contiguous()
-
-
 def describe(row: Sequence[Tensor | None], results: Sequence[Tensor | None], pieces: Sequence[Tensor]) -> Any:
     """The C struct of a scan: x … d and initial; y, final, kept and saved; what `cut` gives."""
     x, _, _, b, c, _, _ = row
@@ -67,7 +61,7 @@ class _Native(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *rest: Any) -> Any:
         initial, segments, keep, learn = rest
         state = (*x.shape[1:], b.shape[2])
-        row = (_rows(x), dt.contiguous(), a.contiguous(), _rows(b), _rows(c), d.contiguous())
+        row = (by_tokens(x), dt.contiguous(), a.contiguous(), by_tokens(b), by_tokens(c), d.contiguous())
         initial = None if initial is None else initial.contiguous()
         pieces = cut(segments.lengths, keep)
         y, final, kept = fresh(*x.shape), torch.empty(segments.count, *state), torch.empty(len(keep), *state)
