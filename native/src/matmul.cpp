@@ -1,10 +1,15 @@
-// c = a b in float32 for matrices that do not fit a cache, each by rows or turned: the products of training.
+// c = a b in float32 for matrices that do not fit a cache, each by rows or turned: the products of training, and of prompts.
 //
-// As in Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): a block of b is laid out in panels of
-// two vectors that all threads share, and each thread lays out blocks of a in tiles of a few rows that stay in its second-level
-// cache; a tile times a panel is summed in registers. The sum over the depth is cut by the depth alone and goes from front to
+// As in Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): a is laid out once in tiles of a few
+// rows that all threads share; each thread lays out a slice of b, as many columns as a tile's sums fill registers, that stays in
+// its second-level cache, and takes it times every tile. The sum over the depth is cut by the depth alone and goes from front to
 // back, so that neither the number of threads nor the number of rows changes a bit.
+//
+// With levels, both are cut into quarters (and these again) and seven products of sums of quarters stand for eight: Strassen,
+// "Gaussian elimination is not optimal" (1969). Sums are made while laying out; a product goes to its quarters of c from the
+// registers. Rounding errors are then relative to the largest rows and columns, and depend on the other rows.
 
+#include <array>
 #include <utility>
 
 #include "product.h"
@@ -13,10 +18,53 @@
 namespace whimbrel::WHIMBREL_ISA {
 namespace {
 
-constexpr int tall = lanes == 16 ? 12 : lanes == 8 ? 6 : 4;  // rows of a tile, at most: its sums fill the registers
-constexpr int64_t panel = 2 * lanes;                         // columns of a panel
-constexpr int64_t most_deep = 384, most_columns = 2048;      // of a block of b
-constexpr int64_t most_tiles = 12;                           // of a block of a
+constexpr int tall = lanes == 16 ? 8 : lanes == 8 ? 6 : 4, broad = lanes == 16 ? 3 : 2;  // rows and vectors of a tile
+constexpr int64_t panel = broad * lanes;                                                  // columns of a slice
+constexpr int64_t most_deep = 512, most_rows = 1024;  // of what is laid out at once
+constexpr int64_t most_laid = 2 << 20;                // floats of a laid out at once: they stay in the third-level cache
+constexpr int64_t late = 96;                          // steps before the end at which a tile asks for its place in c
+constexpr int64_t stride = 16;                        // steps between two looks at what will be needed soon
+
+// Signs of the quarters (upper left, upper right, lower left, lower right) of a and of b in each product, and with which it counts
+// in those of c.
+constexpr int8_t strassen[3][7][4] = {
+    {{1, 0, 0, 1}, {0, 0, 1, 1}, {1, 0, 0, 0}, {0, 0, 0, 1}, {1, 1, 0, 0}, {-1, 0, 1, 0}, {0, 1, 0, -1}},
+    {{1, 0, 0, 1}, {1, 0, 0, 0}, {0, 1, 0, -1}, {-1, 0, 1, 0}, {0, 0, 0, 1}, {1, 1, 0, 0}, {0, 0, 1, 1}},
+    {{1, 0, 0, 1}, {0, 0, 1, -1}, {0, 1, 0, 1}, {1, 0, 1, 0}, {-1, 1, 0, 0}, {0, 0, 0, 1}, {1, 0, 0, 0}},
+};
+
+struct Terms {
+    int count = 0;
+    int part[4]{}, sign[4]{};
+};
+
+// The terms of each product with a, b and c cut into quarters, these again if levels is 2; parts are counted row by row.
+template <int levels>
+struct Scheme {
+    static constexpr int grid = 1 << levels, products = levels == 0 ? 1 : levels == 1 ? 7 : 49;
+    Terms of[3][products];
+
+    constexpr Scheme() : of{} {
+        for (int matrix = 0; matrix < 3; matrix++)
+            for (int product = 0; product < products; product++) {
+                Terms terms{1, {0}, {1}};
+                for (int level = 0; level < levels; level++) {
+                    Terms finer{};
+                    for (int i = 0; i < terms.count; i++)
+                        for (int quarter = 0; quarter < 4; quarter++)
+                            if (const int sign = strassen[matrix][level + 1 < levels ? product / 7 : product % 7][quarter]) {
+                                const int size = 1 << level, row = terms.part[i] / size * 2 + quarter / 2, column = terms.part[i] % size * 2 + quarter % 2;
+                                finer.part[finer.count] = row * size * 2 + column;
+                                finer.sign[finer.count++] = terms.sign[i] * sign;
+                            }
+                    terms = finer;
+                }
+                of[matrix][product] = terms;
+            }
+    }
+};
+
+int64_t limit(int64_t count, int64_t most) { return std::max<int64_t>(0, std::min(count, most)); }
 
 // to[k * row + i] = from[i * lane + k] for i < count <= lanes and k < depth, zeros up to `lanes`: what the next k may overwrite.
 void lay(const float* from, int64_t lane, int64_t count, int64_t depth, float* to, int64_t row) {
@@ -32,113 +80,244 @@ void lay(const float* from, int64_t lane, int64_t count, int64_t depth, float* t
     }
 }
 
-template <int high, int broad>
-void tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_row, bool add) {
-    vec sum[high][broad] = {};
-    UNROLL for (int r = 0; r < high; r++) __builtin_prefetch(c + r * c_row, 1), __builtin_prefetch(c + r * c_row + panel - 1, 1);
-    for (int64_t k = 0; k < depth; k++, a += high, b += panel) {
-        vec right[broad];
-        UNROLL for (int i = 0; i < broad; i++) right[i] = load(b + i * lanes);
-        UNROLL for (int r = 0; r < high; r++) {
-            const vec left = broadcast(a[r]);
-            UNROLL for (int i = 0; i < broad; i++) sum[r][i] += left * right[i];
+template <int count>
+void add_up(const Terms& terms, const float* parts, int64_t distance, int64_t n, float* out) {
+    for (int64_t k = 0; k < n; k += lanes) {
+        vec v{};
+        UNROLL for (int i = 0; i < count; i++) v += static_cast<float>(terms.sign[i]) * load(parts + terms.part[i] * distance + k);
+        store(out + k, v);
+    }
+}
+
+// out = the sum of parts that lie `distance` floats apart, n floats each and rounded up to vectors.
+void add_up(const Terms& terms, const float* parts, int64_t distance, int64_t n, float* out) {
+    if (terms.count == 1) add_up<1>(terms, parts, distance, n, out);
+    else if (terms.count == 2) add_up<2>(terms, parts, distance, n, out);
+    else add_up<4>(terms, parts, distance, n, out);
+}
+
+// Lines that will be needed soon, of rows of the caller's matrices: asked for one by one, between the steps of a tile, because each
+// that is on its way takes one of the few places for such, and a tile would wait for more.
+struct Soon {
+    struct Rows {
+        const char* first;
+        int64_t stride, count, bytes;
+        bool write;
+    };
+    static constexpr int most = 32;
+    Rows rows[most];
+    int count = 0, next = 0;
+    int64_t lines = 0, line = 0;
+
+    void add(const float* first, int64_t stride, int64_t height, int64_t width, bool write = false) {
+        if (height <= 0 || width <= 0) return;
+        rows[count++] = {reinterpret_cast<const char*>(first), stride * 4, height, width * 4, write};
+        lines += height * ((width * 4 + 63) / 64);
+    }
+    void ask() {
+        if (next == count) return;
+        Rows& r = rows[next];
+        if (r.write) __builtin_prefetch(r.first + line, 1, 2);
+        else __builtin_prefetch(r.first + line, 0, 2);
+        if ((line += 64) < r.bytes) return;
+        line = 0, r.first += r.stride;
+        if (!--r.count) next++;
+    }
+};
+
+// Where the sums of a tile go: stored, added or taken away.
+struct Places {
+    int count;
+    int64_t row;
+    float* at[4];
+    int sign[4];  // 0: nothing is there yet
+};
+
+template <int high, int wide>
+void tile(const float* a, const float* b, int64_t depth, const Places& places, Soon& soon, int64_t lines) {
+    vec sum[high][wide] = {};
+    const auto sweep = [&](int64_t steps) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < steps; k++, a += high, b += panel) {
+            vec right[wide];
+            UNROLL for (int i = 0; i < wide; i++) right[i] = load(b + i * lanes);
+            UNROLL for (int r = 0; r < high; r++) {
+                const vec left = broadcast(a[r]);
+                UNROLL for (int i = 0; i < wide; i++) sum[r][i] += left * right[i];
+            }
+        }
+    };
+    const int64_t row = places.row, before = depth - std::min(depth, late);
+    for (int64_t k = 0, asked = 0; k < before; k += stride) {
+        for (; asked * before < lines * (k + stride) && asked < lines; asked++) soon.ask();
+        sweep(std::min(stride, before - k));
+    }
+    for (int j = 0; j < places.count; j++)
+        for (int r = 0; r < high; r++)
+            for (int i = 0; i < wide; i++) __builtin_prefetch(places.at[j] + r * row + i * lanes, 1);
+    sweep(depth - before);
+    for (int j = 0; j < places.count; j++) {
+        float* const c = places.at[j];
+        if (!places.sign[j]) {
+            UNROLL for (int r = 0; r < high; r++)
+                UNROLL for (int i = 0; i < wide; i++) store(c + r * row + i * lanes, sum[r][i]);
+        } else if (places.sign[j] > 0) {
+            UNROLL for (int r = 0; r < high; r++)
+                UNROLL for (int i = 0; i < wide; i++) store(c + r * row + i * lanes, load(c + r * row + i * lanes) + sum[r][i]);
+        } else {
+            UNROLL for (int r = 0; r < high; r++)
+                UNROLL for (int i = 0; i < wide; i++) store(c + r * row + i * lanes, load(c + r * row + i * lanes) - sum[r][i]);
         }
     }
-    UNROLL for (int r = 0; r < high; r++, c += c_row)
-        UNROLL for (int i = 0; i < broad; i++) {
-            if (add) sum[r][i] += load(c + i * lanes);
-            store(c + i * lanes, sum[r][i]);
-        }
 }
 
-struct Tiles {
-    void (*of[tall])(const float*, const float*, int64_t, float*, int64_t, bool);
-};
-template <int broad, int... high>
-constexpr Tiles every(std::integer_sequence<int, high...>) {
-    return {{tile<high + 1, broad>...}};
+typedef void (*Tile)(const float*, const float*, int64_t, const Places&, Soon&, int64_t);
+template <int wide, int... high>
+constexpr std::array<Tile, tall> of_width(std::integer_sequence<int, high...>) {
+    return {tile<high + 1, wide>...};
 }
-constexpr Tiles narrow = every<1>(std::make_integer_sequence<int, tall>()), wide = every<2>(std::make_integer_sequence<int, tall>());
+template <int... wide>
+constexpr std::array<std::array<Tile, tall>, broad> of_all(std::integer_sequence<int, wide...>) {
+    return {of_width<wide + 1>(std::make_integer_sequence<int, tall>())...};
+}
+constexpr auto tiles_of = of_all(std::make_integer_sequence<int, broad>());  // [vectors - 1][rows - 1]
 
-}  // namespace
-
-void matmul(const Matmul& p, int threads) {
-    if (!p.rows || !p.columns) return;
-    const int64_t cuts = std::max<int64_t>(1, (p.depth + most_deep - 1) / most_deep), strips = (p.columns + most_columns - 1) / most_columns;
-    const int64_t strip = round_up((p.columns + strips - 1) / strips), deep = (p.depth + cuts - 1) / cuts;
-    int64_t tiles = (p.rows + tall - 1) / tall;
-    if (tiles < 16 * threads) tiles = std::min(p.rows, (tiles + threads - 1) / threads * threads);  // or a thread waits for the other
-    const int64_t share = (tiles + most_tiles - 1) / most_tiles;
-    const int64_t blocks = std::min(tiles, (share + threads - 1) / threads * threads);
-    const int64_t panels = (strip + panel - 1) / panel, b_floats = panels * panel * deep;
-    const auto first = [&](int64_t t) { return p.rows * t / tiles; };
-    float* shared = nullptr;
+// Parts are of equal size; what is missing from the last counts as zeros.
+template <int levels>
+void multiply(const Matmul& p, int threads) {
+    static constexpr Scheme<levels> scheme;
+    constexpr int grid = scheme.grid, parts = grid * grid, products = scheme.products;
+    const int64_t chunks = (p.rows + most_rows - 1) / most_rows, part_depth = (p.depth + grid - 1) / grid;
+    const int64_t part_columns = grid == 1 ? p.columns : round_up((p.columns + grid - 1) / grid), vectors = (part_columns + lanes - 1) / lanes;
+    const int64_t cuts = std::max<int64_t>(1, (part_depth + most_deep - 1) / most_deep), deep = (part_depth + cuts - 1) / cuts;
+    const int64_t most_tiles = (((p.rows + chunks - 1) / chunks + grid - 1) / grid + tall - 1) / tall;
+    const int64_t tile_floats = tall * deep + lanes, cut_floats = products * most_tiles * tile_floats, slice_floats = deep * panel;
+    const int64_t together = std::max<int64_t>(1, std::min(cuts, most_laid / cut_floats));
+    int64_t slices = (vectors + broad - 1) / broad;
+    if (slices < 8 * threads) slices = std::min(vectors, (slices + threads - 1) / threads * threads);  // or a thread waits for the other
+    const int64_t stretches = std::min(most_tiles, (4 * threads + slices - 1) / slices);               // of rows: tasks for every thread
+    const auto cut_at = [&](int64_t cut) { return part_depth * cut / cuts; };
+    const auto slice_at = [&](int64_t slice) { return vectors * slice / slices * lanes; };
+    float* laid = nullptr;
 #pragma omp parallel num_threads(threads)
     {
         bool chief = false;
 #pragma omp master
         chief = true;
-        const int64_t a_floats = (tiles + blocks - 1) / blocks * (tall * deep + lanes);
-        char* memory = scratch((a_floats + chief * b_floats) * sizeof(float) + 2 * (fence + 64));
-        float* const a = take<float>(memory, a_floats);
-        if (chief) shared = take<float>(memory, b_floats);
+        const int64_t b_floats = (parts + (parts > 1)) * slice_floats, c_floats = parts * most_tiles * tall * panel, a_floats = (parts > 1) * parts * tile_floats;
+        char* memory = scratch((a_floats + b_floats + c_floats + chief * together * cut_floats) * sizeof(float) + 4 * (fence + 64));
+        float *const a_parts = take<float>(memory, a_floats), *const b_parts = take<float>(memory, b_floats), *const sums = take<float>(memory, c_floats);
+        if (chief) laid = take<float>(memory, together * cut_floats);
 #pragma omp barrier
-        for (int64_t column = 0; column < p.columns; column += strip)
-            for (int64_t cut = 0; cut < cuts; cut++) {
-                const int64_t from = p.depth * cut / cuts, depth = p.depth * (cut + 1) / cuts - from;
-                const int64_t columns = std::min(strip, p.columns - column), halves = (columns + lanes - 1) / lanes;
-                const float* b = p.b + column * p.b_column + from * p.b_step;
-                const int64_t piece = p.b_column == 1 ? (depth + 4 * threads - 1) / (4 * threads) : depth, pieces = (depth + piece - 1) / std::max<int64_t>(1, piece);
-                const int64_t tasks = p.b_column == 1 ? pieces : halves;
-#pragma omp for schedule(static)
-                for (int64_t task = 0; task < tasks; task++) {
-                    if (p.b_column == 1) {  // by rows: whole rows, so that memory is read as it lies
-                        const int64_t begin = task * piece, end = std::min(depth, begin + piece);
-                        for (int64_t k = begin; k < end; k++)
-                            for (int64_t half = 0; half < halves; half++)
-                                store(shared + half / 2 * panel * depth + k * panel + half % 2 * lanes,
-                                      load(b + k * p.b_step + half * lanes, columns - half * lanes));
-                    } else {
-                        const int64_t at = task * lanes;
-                        lay(b + at * p.b_column, p.b_column, std::min<int64_t>(lanes, columns - at), depth,
-                            shared + task / 2 * panel * depth + task % 2 * lanes, panel);
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const int64_t top = p.rows * chunk / chunks, rows = p.rows * (chunk + 1) / chunks - top, part_rows = (rows + grid - 1) / grid;
+            const int64_t tiles = (part_rows + tall - 1) / tall;
+            const auto first = [&](int64_t t) { return part_rows * t / tiles; };
+            for (int64_t begin = 0; begin < cuts; begin += together) {
+                const int64_t end = std::min(cuts, begin + together);
+                constexpr int64_t group = parts > 1 ? 1 : 8;  // tiles laid out together: lines of a turned matrix are read once
+#pragma omp for collapse(2) schedule(static)
+                for (int64_t cut = begin; cut < end; cut++)
+                    for (int64_t t0 = 0; t0 < tiles; t0 += group) {
+                        const int64_t from = cut_at(cut), depth = cut_at(cut + 1) - from, t1 = std::min(tiles, t0 + group);
+                        float* const to = laid + (cut - begin) * cut_floats + t0 * tile_floats;
+                        for (int part = 0; part < parts; part++) {
+                            const int64_t k = part % grid * part_depth + from, there = limit(p.depth - k, depth), above = part / grid * part_rows;
+                            const float* const a = p.a + (top + above) * p.a_row + k * p.a_step;
+                            float* const into = parts > 1 ? a_parts + part * tile_floats : to;
+                            if (p.a_row == 1)
+                                for (int64_t i = 0; i < there; i++)
+                                    for (int64_t t = t0; t < t1; t++)
+                                        store(into + (t - t0) * tile_floats + i * (first(t + 1) - first(t)),
+                                              load(a + first(t) + i * p.a_step, limit(rows - above - first(t), lanes)));
+                            for (int64_t t = t0; t < t1; t++) {
+                                const int64_t high = first(t + 1) - first(t);
+                                float* const one = into + (t - t0) * tile_floats;
+                                if (p.a_row != 1) lay(a + first(t) * p.a_row, p.a_row, limit(rows - above - first(t), high), there, one, high);
+                                std::fill_n(one + there * high, (depth - there) * high, 0.0f);
+                            }
+                        }
+                        if (parts > 1)
+                            for (int r = 0; r < products; r++)
+                                add_up(scheme.of[0][r], a_parts, tile_floats, depth * (first(t1) - first(t0)), to + r * most_tiles * tile_floats);
                     }
-                }
 #pragma omp for schedule(dynamic, 1)
-                for (int64_t block = 0; block < blocks; block++) {
-                    const int64_t begin = tiles * block / blocks, end = tiles * (block + 1) / blocks, top = first(begin);
-                    const float* source = p.a + top * p.a_row + from * p.a_step;
-                    const auto place = [&](int64_t t) { return a + (first(t) - top) * depth + (t - begin) * lanes; };
-                    if (p.a_row == 1) {
-                        for (int64_t k = 0; k < depth; k++)
-                            for (int64_t t = begin; t < end; t++) {
-                                const int64_t at = first(t) - top, high = first(t + 1) - top - at;
-                                store(place(t) + k * high, load(source + k * p.a_step + at, p.rows - top - at));
+                for (int64_t task = 0; task < slices * stretches; task++) {
+                    const int64_t slice = task / stretches, left = slice_at(slice), wide = (slice_at(slice + 1) - left) / lanes;
+                    const int64_t t0 = tiles * (task % stretches) / stretches, t1 = tiles * (task % stretches + 1) / stretches;
+                    const auto columns_of = [&](int part, int64_t at) { return limit(p.columns - part % grid * part_columns - at, slice_at(slice + 1) - left); };
+                    const auto b_of = [&](int part, int64_t k, int64_t column) { return p.b + (part / grid * part_depth + k) * p.b_step + (part % grid * part_columns + column) * p.b_column; };
+                    const auto c_of = [&](int part, int64_t row) { return p.c + (top + part / grid * part_rows + row) * p.c_row + part % grid * part_columns + left; };
+                    const auto move = [&](bool in) {  // sums from c, or to it
+                        for (int part = 0; part < parts; part++)
+                            for (int64_t t = t0; t < t1; t++) {
+                                const int64_t height = limit(rows - part / grid * part_rows - first(t), first(t + 1) - first(t)), width = columns_of(part, left);
+                                for (int64_t r = 0; r < height; r++)
+                                    for (int64_t i = 0; i < width; i += lanes) {
+                                        float *const here = sums + ((part * most_tiles + t) * tall + r) * panel + i, *const there = c_of(part, first(t) + r) + i;
+                                        if (in) store(here, load(there, width - i));
+                                        else store(there, load(here), width - i);
+                                    }
                             }
-                    } else {
-                        for (int64_t t = begin; t < end; t++) {
-                            const int64_t at = first(t) - top;
-                            lay(source + at * p.a_row, p.a_row, first(t + 1) - first(t), depth, place(t), first(t + 1) - first(t));
+                    };
+                    const bool add = p.add || begin, direct = grid == 1 && cuts == 1 && left + wide * lanes <= p.columns;
+                    if (add && !direct) move(true);
+                    for (int64_t cut = begin; cut < end; cut++) {
+                        const int64_t from = cut_at(cut), depth = cut_at(cut + 1) - from;
+                        Soon soon;  // the slice after this one and, in the end, c
+                        for (int part = 0; part < parts; part++) {
+                            const int64_t there = limit(p.depth - part / grid * part_depth - from, depth), width = columns_of(part, left);
+                            const float* const b = b_of(part, from, left);
+                            float* const into = b_parts + part * slice_floats;
+                            if (p.b_column == 1) {
+                                for (int64_t k = 0; k < there; k++)
+                                    for (int64_t i = 0; i < wide * lanes; i += lanes) store(into + k * panel + i, load(b + k * p.b_step + i, limit(width - i, lanes)));
+                            } else {
+                                for (int64_t i = 0; i < wide * lanes; i += lanes)
+                                    lay(b + i * p.b_column, p.b_column, limit(width - i, lanes), there, into + i, panel);
+                            }
+                            std::fill_n(into + there * panel, (depth - there) * panel, 0.0f);
+                            const bool last = cut + 1 == end;
+                            const int64_t after = last ? slice_at(std::min(slices, (task + threads) / stretches)) : left;
+                            const float* const next = b_of(part, cut_at(last ? begin : cut + 1), after);
+                            if (p.b_column == 1) soon.add(next, p.b_step, there, columns_of(part, after));
+                            else soon.add(next, p.b_column, columns_of(part, after), there);
+                            if (last && !direct) soon.add(c_of(part, first(t0)), p.c_row, limit(rows - part / grid * part_rows - first(t0), first(t1) - first(t0)), width, true);
+                        }
+                        const int64_t lines = soon.lines / (products * std::max<int64_t>(1, t1 - t0)) + 1;  // for each tile
+                        int seen = 0;
+                        for (int r = 0; r < products; r++) {
+                            const Terms &right = scheme.of[1][r], &to = scheme.of[2][r];
+                            const bool alone = right.count == 1;  // with sign 1, in every product
+                            float* const b = b_parts + (alone ? right.part[0] : parts) * slice_floats;
+                            if (!alone) add_up(right, b_parts, slice_floats, depth * panel, b);
+                            Places places{to.count, panel, {}, {}};
+                            for (int j = 0; j < to.count; j++) {
+                                const int part = to.part[j];
+                                places.at[j] = sums + (part * most_tiles + t0) * tall * panel;
+                                places.sign[j] = cut == begin && !add && !(seen >> part & 1) ? 0 : to.sign[j];  // the first sign of each part is 1
+                                seen |= 1 << part;
+                            }
+                            if (direct) places.row = p.c_row, places.at[0] = c_of(0, first(t0));
+                            const float* a = laid + (cut - begin) * cut_floats + (r * most_tiles + t0) * tile_floats;
+                            for (int64_t t = t0; t < t1; t++, a += tile_floats) {
+                                const int64_t high = first(t + 1) - first(t);
+                                tiles_of[wide - 1][high - 1](a, b, depth, places, soon, lines);
+                                for (int j = 0; j < places.count; j++) places.at[j] += direct ? high * p.c_row : tall * panel;
+                            }
                         }
                     }
-                    for (int64_t at = 0; at < columns; at += panel)
-                        for (int64_t t = begin; t < end; t++) {
-                            const int64_t high = first(t + 1) - first(t), left = std::min(panel, columns - at);
-                            const auto& of = (left > lanes ? wide : narrow).of[high - 1];
-                            float* c = p.c + first(t) * p.c_row + column + at;
-                            if (left % lanes == 0) {
-                                of(place(t), shared + at * depth, depth, c, p.c_row, p.add || cut);
-                                continue;
-                            }
-                            float edge[tall * panel];  // a vector that is not full
-                            of(place(t), shared + at * depth, depth, edge, panel, false);
-                            for (int64_t r = 0; r < high; r++)
-                                for (int64_t i = 0; i < left; i++)
-                                    c[r * p.c_row + i] = (p.add || cut ? c[r * p.c_row + i] : 0.0f) + edge[r * panel + i];
-                        }
+                    if (!direct) move(false);
                 }
             }
+        }
     }
+}
+
+}  // namespace
+
+void matmul(const Matmul& p, int threads) {
+    if (!p.rows || !p.columns) return;
+    (p.levels == 2 ? multiply<2> : p.levels == 1 ? multiply<1> : multiply<0>)(p, threads);
 }
 
 }  // namespace whimbrel::WHIMBREL_ISA

@@ -75,7 +75,7 @@ struct Relu2 {
 struct Matmul {
     const float *a, *b;
     float* c;
-    int64_t rows, columns, depth, a_row, a_step, b_step, b_column, c_row, add;
+    int64_t rows, columns, depth, a_row, a_step, b_step, b_column, c_row, add, levels;
 };
 
 // loss [rows] = cross-entropy of logits [rows, columns]; a target below 0 is none. With `learn` the logits turn into their gradient

@@ -202,7 +202,8 @@ def test_activations_of_a_prompt(config: ModelConfig, pattern: str) -> None:
     slots, table = torch.tensor([0]), torch.arange(48)[None]
 
     def chunk(length: int, before: int) -> None:
-        layout = Layout.of([length], [before], slots=slots, block_table=table, rows=torch.tensor([length - 1]))
+        rows = None if pattern == "-" else torch.tensor([length - 1])  # which it would cut to before it begins
+        layout = Layout.of([length], [before], slots=slots, block_table=table, rows=rows)
         model(torch.zeros(length, dtype=torch.int64), layout, state)
 
     with torch.inference_mode(), ops.using("torch"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,14 @@ class LanguageModel(nn.Module):
                     hidden_TD = torch.cat([hidden_TD, self(tokens[layout.decodes :], layout.rest(), state)])
                 return hidden_TD if layout.rows is None else hidden_TD[layout.rows]
         x_TD = self.embeddings(tokens)
-        for layer in self.layers:
-            x_TD = layer(x_TD, layout, state)
+        mixing, layers = len(self.config.pattern.rstrip(FEED_FORWARD)), list(self.layers)
+        with nullcontext() if state is None else ops.reading_prompts():
+            for layer in layers[:mixing]:
+                x_TD = layer(x_TD, layout, state)
         if layout.rows is not None:
             x_TD = x_TD[layout.rows]
+        for layer in layers[mixing:] if len(x_TD) else ():  # no token sees another there
+            x_TD = layer(x_TD, layout, state)
         return self.norm_f(x_TD)
 
     def touch(self) -> None:

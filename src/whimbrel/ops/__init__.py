@@ -19,6 +19,7 @@ from typing import Any
 
 from whimbrel.ops import cpu, reference, split
 from whimbrel.ops import torch as vectorised
+from whimbrel.ops.cpu.matmul import reading_prompts
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch.mamba import of_parts
 
@@ -128,4 +129,4 @@ def mamba_layer(*row: Any) -> Any:
     return _of_parts(*row) if whole is None else whole
 
 
-__all__ = [*OPERATIONS, "Segments", "active", "cpu", "gpu", "mamba_layer", "native", "using"]
+__all__ = [*OPERATIONS, "Segments", "active", "cpu", "gpu", "mamba_layer", "native", "reading_prompts", "using"]
