@@ -23,6 +23,7 @@ constexpr int64_t panel = broad * lanes;                                        
 constexpr int64_t most_deep = 512, most_rows = 1024;  // of what is laid out at once
 constexpr int64_t most_laid = 2 << 20;                // floats of a laid out at once: they stay in the third-level cache
 constexpr int64_t late = 96;                          // steps before the end at which a tile asks for its place in c
+constexpr int64_t early = 16;                         // rows of a turned matrix that are asked for before they are needed
 constexpr int64_t stride = 16;                        // steps between two looks at what will be needed soon
 
 // Signs of the quarters (upper left, upper right, lower left, lower right) of a and of b in each product, and with which it counts
@@ -66,10 +67,13 @@ struct Scheme {
 
 int64_t limit(int64_t count, int64_t most) { return std::max<int64_t>(0, std::min(count, most)); }
 
-// to[k * row + i] = from[i * lane + k] for i < count <= lanes and k < depth, zeros up to `lanes`: what the next k may overwrite.
+// to[k * row + i] = from[i * lane + k] for i < count <= lanes and k < depth, zeros up to `lanes`: what the next k may
+// overwrite. ahead: asks for the rows below, which come next.
+template <bool ahead = false>
 void lay(const float* from, int64_t lane, int64_t count, int64_t depth, float* to, int64_t row) {
     for (int64_t k = 0; k < depth; k += lanes) {
         vec v[lanes];
+        for (int64_t i = count; ahead && i < 2 * count; i++) __builtin_prefetch(from + i * lane + k);
         UNROLL for (int i = 0; i < lanes; i++) v[i] = i < count ? load(from + i * lane + k, depth - k) : vec{};
         exchange<1>(v);
         if (depth - k >= lanes) {
@@ -224,15 +228,25 @@ void multiply(const Matmul& p, int threads) {
                             const int64_t k = part % grid * part_depth + from, there = limit(p.depth - k, depth), above = part / grid * part_rows;
                             const float* const a = p.a + (top + above) * p.a_row + k * p.a_step;
                             float* const into = parts > 1 ? a_parts + part * tile_floats : to;
-                            if (p.a_row == 1)
-                                for (int64_t i = 0; i < there; i++)
-                                    for (int64_t t = t0; t < t1; t++)
-                                        store(into + (t - t0) * tile_floats + i * (first(t + 1) - first(t)),
-                                              load(a + first(t) + i * p.a_step, limit(rows - above - first(t), lanes)));
+                            if (p.a_row == 1) {
+                                int64_t at[group]{}, high[group]{}, count[group]{};
+                                for (int64_t t = t0; t < t1; t++)
+                                    at[t - t0] = first(t), high[t - t0] = first(t + 1) - first(t), count[t - t0] = limit(rows - above - first(t), lanes);
+                                for (int64_t i = 0; i < there; i++) {
+                                    const float* const line = a + at[0] + i * p.a_step;
+                                    if (i + early < there)
+                                        for (int64_t j = 0; j < group * tall; j += 16) __builtin_prefetch(line + early * p.a_step + j);
+                                    for (int64_t t = 0; t < t1 - t0; t++) {
+                                        float* const one = into + t * tile_floats + i * high[t];
+                                        if (high[t] == tall && count[t] >= tall) std::memcpy(one, line + at[t] - at[0], tall * sizeof(float));
+                                        else store(one, load(line + at[t] - at[0], count[t]));
+                                    }
+                                }
+                            }
                             for (int64_t t = t0; t < t1; t++) {
                                 const int64_t high = first(t + 1) - first(t);
                                 float* const one = into + (t - t0) * tile_floats;
-                                if (p.a_row != 1) lay(a + first(t) * p.a_row, p.a_row, limit(rows - above - first(t), high), there, one, high);
+                                if (p.a_row != 1) lay<true>(a + first(t) * p.a_row, p.a_row, limit(rows - above - first(t), high), there, one, high);
                                 std::fill_n(one + there * high, (depth - there) * high, 0.0f);
                             }
                         }
