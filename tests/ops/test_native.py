@@ -287,7 +287,7 @@ def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
 @given(
     rows=st.integers(1, 90),
     columns=st.integers(1, 90),
-    depth=st.one_of(st.integers(1, 90), st.integers(380, 900)),
+    depth=st.one_of(st.integers(1, 90), st.integers(380, 1200)),
     turned=st.tuples(st.booleans(), st.booleans()),
     seed=st.integers(0, 99),
 )
@@ -302,6 +302,45 @@ def test_products(rows, columns, depth, turned, seed):
             assert gap(added, c.double() + a.double() @ b.double()) < 2e-5, isa
             again = matmul.product(a[rows // 2 :], b, torch.empty(rows - rows // 2, columns))
             assert torch.equal(again, matmul.product(a, b, torch.empty(rows, columns))[rows // 2 :]), isa
+            for levels in (1, 2):
+                wide = torch.full((rows, columns + 3), 7.0)
+                fast = matmul.product(a, b, wide[:, :columns].copy_(c), add=True, levels=levels)
+                assert gap(fast, c.double() + a.double() @ b.double()) < 2e-5, (isa, levels)
+                assert (wide[:, columns:] == 7).all(), (isa, levels)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_in_several_pieces(turned):
+    """More rows than are laid out at once, more depth than stays in a cache: the bits are those of fewer rows."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1100, 2100, generator=g), torch.randn(2100, 50, generator=g)
+    a = a.t().contiguous().t() if turned else a
+    for isa in ISAS:
+        with instruction_set(isa):
+            whole = matmul.product(a, b, torch.empty(1100, 50))
+            assert gap(whole, a.double() @ b.double()) < 2e-5, isa
+            assert torch.equal(matmul.product(a[700:], b, torch.empty(400, 50)), whole[700:]), isa
+            for levels in (1, 2):
+                fast = matmul.product(a, b, torch.empty(1100, 50), levels=levels)
+                assert gap(fast, a.double() @ b.double()) < 4e-5, (isa, levels)
+
+
+def test_prompts_alone_take_fewer_multiplications(monkeypatch):
+    """And only where no gradient is asked for; a small size here stands for a large one."""
+    asked = []
+    product = matmul.product
+    monkeypatch.setattr(matmul, "product", lambda *v, levels=0: asked.append(levels) or product(*v, levels=levels))
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    monkeypatch.setattr(matmul, "FAST", ((40, 20, 60), (20, 20, 20)))
+    monkeypatch.setattr(matmul, "pays", lambda *_: True)
+    x, weight = torch.randn(50, 24), torch.randn(64, 24)
+    true = x.double() @ weight.double().t()
+    for rows in (50, 30, 18):
+        with ops.reading_prompts():
+            assert gap(matmul.NativeLinear.apply(x[:rows], weight, None), true[:rows]) < 2e-5
+            matmul.NativeLinear.apply(x[:rows], weight.clone().requires_grad_(), None)
+        matmul.NativeLinear.apply(x[:rows], weight, None)
+    assert asked == [2, 0, 0, 1, 0, 0, 0, 0, 0]
 
 
 def test_large_projections_are_native_and_keep_their_gradients(monkeypatch):

@@ -44,7 +44,8 @@ def settled(tensor: Tensor) -> Tensor:
 
 def fresh(*shape: int) -> Tensor:
     """An unset float32 tensor on the CPU, in huge pages if it is large."""
-    return huge(torch.empty(*shape))
+    tensor = torch.empty(*shape)
+    return tensor if _keeping else huge(tensor)  # inside `kept` the heap is marked already
 
 
 _TRIM, _MAPPED = -1, -4
