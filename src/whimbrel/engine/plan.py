@@ -6,13 +6,13 @@ blocks, recurrent state in slots, the temporary tensors of `ops/torch`. docs/pla
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from whimbrel.engine.memory import SHARE, Room
 from whimbrel.errors import UserError
 from whimbrel.model import count
-from whimbrel.model.config import LETTERS, ModelConfig
+from whimbrel.model.config import FEED_FORWARD, LETTERS, ModelConfig
 from whimbrel.units import format_bytes, format_count
 
 BLOCK = 16
@@ -218,9 +218,13 @@ class _Need:
 
 
 def prompt_flops(config: ModelConfig, context: int) -> float:
-    """Operations to read a prompt: every token through the layers, the head for the last one only."""
-    parts = count.flops(config, count.mean_context([context]))
-    return context * (sum(parts.values()) - parts["head"]) + parts["head"]
+    """Operations to read a prompt: every token through the layers, the last one alone through feed-forward layers after
+    which no token sees another, and through the head.
+    """
+    before = config.pattern.rstrip(FEED_FORWARD) or config.pattern
+    mean = count.mean_context([context])
+    whole, early = (count.flops(replace(config, pattern=pattern), mean) for pattern in (config.pattern, before))
+    return sum(whole.values()) + (context - 1) * (sum(early.values()) - early["head"])
 
 
 def _seconds(bytes_: float, flops: float, bandwidth: float | None, peak: float | None) -> float:
