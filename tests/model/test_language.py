@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from whimbrel import ops
 from whimbrel.errors import UserError
 from whimbrel.model import LanguageModel, Layout, ModelConfig, State
+from whimbrel.ops import cpu
+from whimbrel.ops.cpu import matmul
 
 HYBRID = ModelConfig(
     pattern="M-MM*--M*",
@@ -187,3 +190,21 @@ def test_tokens_outside_the_vocabulary_are_named(token):
     model = LanguageModel(ModelConfig(pattern="-", vocab_size=64, hidden_size=8, intermediate_size=8)).initialise(0)
     with pytest.raises(UserError, match=f"{token}.*set each from 0 to 63"):
         model(torch.tensor([[5, token]]))
+
+
+def test_prompts_are_read_with_fewer_multiplications(monkeypatch):
+    """From the model to the products: with a state and without gradients, all sizes counted large here."""
+    if cpu.isa() in (None, "baseline"):
+        pytest.skip("no native products here")
+    model, asked = LanguageModel(HYBRID).initialise(0), []
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    monkeypatch.setattr(matmul, "FAST", ((1, 1, 1), (1, 1, 1)))
+    linear = sys.modules["whimbrel.ops.cpu.linear"]
+    monkeypatch.setattr(linear, "product", lambda *v, levels: asked.append(levels) or matmul.product(*v, levels=levels))
+    layout = Layout.of([40], [0], slots=torch.tensor([0]), block_table=torch.arange(8)[None])
+    tokens = torch.arange(40)
+    with torch.inference_mode():
+        read = model(tokens, layout, State.empty(HYBRID, slots=1, blocks=8))
+        assert asked == [2] * sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+        torch.testing.assert_close(read, model(tokens, Layout.of([40])), rtol=0, atol=1e-4)
+    assert len(asked) == sum(isinstance(module, torch.nn.Linear) for module in model.modules())  # not without a state

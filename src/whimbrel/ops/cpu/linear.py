@@ -9,9 +9,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from whimbrel.ops.cpu.library import address, call, fits, isa
-from whimbrel.ops.cpu.matmul import NativeLinear, pays
+from whimbrel.ops.cpu.library import address, by_rows, call, fits, isa
+from whimbrel.ops.cpu.matmul import NativeLinear, pays, product, prompt_levels
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
+from whimbrel.ops.memory import fresh
 from whimbrel.ops.packed import Packed
 from whimbrel.ops.torch import norm
 
@@ -39,7 +40,11 @@ def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = Non
     With weights of 8 or 4 bits the activations are rounded too: to 255 steps of a row and 32 inputs.
     """
     if isinstance(weight_OD, Tensor) and x_TD.dim() == 2 and x_TD.shape[0] > FEW and fits(x_TD, weight_OD, bias_O):
-        if pays(x_TD.shape[0], *weight_OD.shape):
+        rows, (columns, depth) = x_TD.shape[0], weight_OD.shape
+        if pays(rows, columns, depth):
+            if levels := prompt_levels(rows, depth, columns):
+                y_TO = product(by_rows(x_TD), by_rows(weight_OD).t(), fresh(rows, columns), levels=levels)
+                return y_TO if bias_O is None else y_TO.add_(bias_O)
             return NativeLinear.apply(x_TD, weight_OD, bias_O)
         return norm.linear(x_TD, weight_OD, bias_O)
     rows = x_TD.shape[0] if x_TD.dim() == 2 and not torch.is_grad_enabled() else 0
