@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from whimbrel.ops.cpu.library import address, by_rows, call, fits, isa
-from whimbrel.ops.cpu.matmul import NativeLinear, pays, product, prompt_levels
+from whimbrel.ops.cpu.matmul import NativeLinear, pays, project, prompt_levels
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
-from whimbrel.ops.memory import fresh
 from whimbrel.ops.packed import Packed
 from whimbrel.ops.torch import norm
 
@@ -43,8 +42,7 @@ def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = Non
         rows, (columns, depth) = x_TD.shape[0], weight_OD.shape
         if pays(rows, columns, depth):
             if levels := prompt_levels(rows, depth, columns):
-                y_TO = product(by_rows(x_TD), by_rows(weight_OD).t(), fresh(rows, columns), levels=levels)
-                return y_TO if bias_O is None else y_TO.add_(bias_O)
+                return project(by_rows(x_TD), by_rows(weight_OD), bias_O, levels)
             return NativeLinear.apply(x_TD, weight_OD, bias_O)
         return norm.linear(x_TD, weight_OD, bias_O)
     rows = x_TD.shape[0] if x_TD.dim() == 2 and not torch.is_grad_enabled() else 0

@@ -65,6 +65,12 @@ def prompt_levels(rows: int, depth: int, columns: int) -> int:
     return sum(all(n >= least for n, least in zip((rows, depth, columns), sizes, strict=True)) for sizes in FAST)
 
 
+def project(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, levels: int = 0) -> Tensor:
+    """x W^T + bias of matrices by rows, native; levels as `product` has them."""
+    y_TO = product(x_TI, weight_OI.t(), fresh(x_TI.shape[0], weight_OI.shape[0]), levels=levels)
+    return y_TO if bias_O is None else y_TO.add_(bias_O)
+
+
 class NativeLinear(torch.autograd.Function):
     """x W^T + bias. Gradients of few rows are not worth it; callers ask `pays` first."""
 
@@ -72,9 +78,8 @@ class NativeLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """[T, O]."""
         x_TI, weight_OI = by_rows(x_TI), by_rows(weight_OI)
-        y_TO = product(x_TI, weight_OI.t(), fresh(x_TI.shape[0], weight_OI.shape[0]))
         ctx.save_for_backward(x_TI, weight_OI)
-        return y_TO if bias_O is None else y_TO.add_(bias_O)
+        return project(x_TI, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
