@@ -1,12 +1,17 @@
 """The Mamba-2 scan, forward and backward: ours beside transformers' torch path, in one run.
 
-Shape: batch 2, length 2,048, 16 heads of 64, 8 groups, state 64, float32. Run: python benchmarks/scan.py
+Shapes: 2 sequences of 2,048 tokens in float32, 8 groups, heads of width 64. hybrid-290m, as the model of
+`cpu_training.py`: 32 heads, state 128. small: 16 heads, state 64. The peer's chunk of 64 is its fastest of 32, 64,
+128 and 256 for both. Run: python benchmarks/scan.py [--shapes small]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -17,44 +22,88 @@ from whimbrel import ops
 from whimbrel.ops.machine import bandwidth, matmul_peak
 from whimbrel.ops.segments import Segments
 
-B, L, H, P, G, N, CHUNK, OURS = 2, 2048, 16, 64, 8, 64, 64, 32
+CHUNK, OURS = 64, 32
+"""Tokens of a chunk, of the peer and of ours."""
 
 
-def inputs() -> list[torch.Tensor]:
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one scan."""
+
+    batch: int = 2
+    length: int = 2048
+    heads: int = 32
+    width: int = 64
+    groups: int = 8
+    state: int = 128
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return self.batch * self.length
+
+
+SHAPES = {"hybrid-290m": Shape(), "small": Shape(heads=16, state=64)}
+
+
+def inputs(of: Shape) -> list[torch.Tensor]:
     """x, dt (after softplus), a, b, c, d: leaves that want gradients."""
     torch.manual_seed(0)
-    x, dt = torch.randn(B * L, H, P), torch.nn.functional.softplus(torch.randn(B * L, H) - 3)
-    row = [x, dt, -(1 + 15 * torch.rand(H)), torch.randn(B * L, G, N), torch.randn(B * L, G, N), torch.randn(H)]
+    x_THP, dt_TH = torch.randn(of.tokens, of.heads, of.width), torch.randn(of.tokens, of.heads)
+    b_TGN, c_TGN = (torch.randn(of.tokens, of.groups, of.state) for _ in range(2))
+    a_H, d_H = -(1 + 15 * torch.rand(of.heads)), torch.randn(of.heads)
+    row = [x_THP, torch.nn.functional.softplus(dt_TH - 3), a_H, b_TGN, c_TGN, d_H]
     return [v.requires_grad_() for v in row]
 
 
-def ours(row: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
+def ours(of: Shape, row: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
     """Output and gradients of our scan."""
-    y = ops.ssd(*row, Segments.of([L] * B))[0]
+    y = ops.ssd(*row, Segments.of([of.length] * of.batch))[0]
     return [y, *torch.autograd.grad(y, row, upstream)]
 
 
-def theirs(row: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
+def theirs(of: Shape, row: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
     """The same through transformers."""
-    x, dt, a, b, c, d = (v.unflatten(0, (B, L)) if v.dim() > 1 else v for v in row)
+    x, dt, a, b, c, d = (v.unflatten(0, (of.batch, of.length)) if v.dim() > 1 else v for v in row)
     y = mamba2_chunk_scan(x, dt, a, b, c, chunk_size=CHUNK, D=d)
-    y = (y[0] if isinstance(y, tuple) else y).reshape(B * L, H, P)
+    y = (y[0] if isinstance(y, tuple) else y).reshape(upstream.shape)
     return [y, *torch.autograd.grad(y, row, upstream)]
 
 
-def flops() -> int:
+def flops(of: Shape) -> int:
     """Multiply-adds times two of the form that needs fewest: chunks of OURS, of them only what lies before each token,
     nothing computed twice. Whole chunks of CHUNK and states computed again would be 1.7 times as many.
     """
-    inside_group, inside_head, carry = OURS * N * G, OURS * H * P, 2 * H * P * N
+    inside_group, inside_head = OURS * of.state * of.groups, OURS * of.heads * of.width
+    carry = 2 * of.heads * of.width * of.state
     forward = inside_group + inside_head + 2 * carry
     backward = 3 * inside_group + 2 * inside_head + 4 * carry
-    return B * L * (forward + backward)
+    return of.tokens * (forward + backward)
+
+
+def measure(of: Shape, repeats: int) -> dict[str, Any]:
+    """Check that both compute the same, then time them in turns."""
+    row, upstream = inputs(of), torch.randn(of.tokens, of.heads, of.width)
+    for mine, other in zip(ours(of, row, upstream), theirs(of, row, upstream), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+    ways = {"ours": partial(ours, of, row, upstream), "transformers": partial(theirs, of, row, upstream)}
+    times = {name: summary(runs) for name, runs in in_turns(ways, repeats).items()}
+    moved = 3 * sum(v.nbytes for v in row) + 2 * upstream.nbytes
+    floor = max(flops(of) / matmul_peak(), moved / bandwidth())
+    return {
+        "shape": asdict(of),
+        "peer": f"transformers {transformers.__version__}, torch path, chunk {CHUNK}",
+        "seconds": times,
+        "floor_seconds": floor,
+        "share_of_floor": {name: floor / t["median"] for name, t in times.items()},
+        "ratio": times["transformers"]["median"] / times["ours"]["median"],
+    }
 
 
 def main() -> None:
-    """Check that both compute the same, then time them in turns."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure the shapes that were asked for, print each and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--isa", default=ops.cpu.isa(), help="of ours: avx512, avx2 or baseline")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -62,26 +111,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if not ops.cpu.use(args.isa):
         parser.error(f"--isa is {args.isa}, which this processor does not have; leave it out")
-    row, upstream = inputs(), torch.randn(B * L, H, P)
-    for mine, other in zip(ours(row, upstream), theirs(row, upstream), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
-    seconds = in_turns(
-        {"ours": lambda: ours(row, upstream), "transformers": lambda: theirs(row, upstream)}, args.repeats
-    )
-    peak = matmul_peak()
-    moved = 3 * sum(v.nbytes for v in row) + 2 * upstream.nbytes
-    floor = max(flops() / peak, moved / bandwidth())
-    times = {name: summary(runs) for name, runs in seconds.items()}
-    result = {
-        "shape": {"batch": B, "length": L, "heads": H, "width": P, "groups": G, "state": N},
-        "peer": f"transformers {transformers.__version__}, torch path, chunk {CHUNK}",
-        "seconds": times,
-        "floor_seconds": floor,
-        "share_of_floor": {name: floor / t["median"] for name, t in times.items()},
-        "ratio": times["transformers"]["median"] / times["ours"]["median"],
-    }
-    print(json.dumps(result, indent=2))
-    record_row("scan", args.isa or "torch", result)
+    for name in args.shapes:
+        result = measure(SHAPES[name], args.repeats)
+        print(json.dumps({name: result}, indent=2), flush=True)
+        record_row("scan", f"{name}-{args.isa or 'torch'}", result)
 
 
 if __name__ == "__main__":
