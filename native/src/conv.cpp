@@ -16,78 +16,102 @@ const float* row(const Conv& c, int64_t sequence, int64_t t) {
     return c.initial + (sequence * (c.width - 1) + t + c.width - 1) * c.channels;
 }
 
-// What SiLU is applied to, at channels i … of which `left` are real; taps are rows of the input, oldest first. W 0: any width.
-template <int W>
-[[gnu::always_inline]] inline vec total(const Conv& c, const float* const* taps, int64_t i, int64_t left) {
-    vec v = c.bias ? load(c.bias + i, left) : vec{};
-    if constexpr (W > 0) {
-        UNROLL for (int k = 0; k < W; k++) v += load(c.weight + k * c.channels + i, left) * load(taps[k] + i, left);
-    } else {
-        for (int64_t k = 0; k < c.width; k++) v += load(c.weight + k * c.channels + i, left) * load(taps[k] + i, left);
-    }
-    return v;
-}
+constexpr int64_t most_width = 64, block = 8;  // taps, and rows that one vector of channels passes through in registers
 
-constexpr int64_t most_width = 64;
+// Weights and bias of some channels, and the input rows of one output, oldest first. W 0: any width.
+template <int W>
+struct Taps {
+    vec weight[W ? W : most_width], x[W ? W : most_width], bias;
+
+    // Before the row whose older inputs are `rows`; `left` of the channels from i on are real.
+    [[gnu::always_inline]] Taps(const Conv& c, const float* const* rows, int64_t i, int64_t left) : bias(c.bias ? load(c.bias + i, left) : vec{}) {
+        UNROLL for (int k = 0; k < (W ? W : c.width); k++) weight[k] = load(c.weight + k * c.channels + i, left);
+        UNROLL for (int k = 0; k < (W ? W : c.width); k++) x[k] = k < (W ? W : c.width) - 1 ? load(rows[k] + i, left) : vec{};
+    }
+    // What SiLU is applied to.
+    [[gnu::always_inline]] vec total(int64_t width) const {
+        vec v = bias;
+        UNROLL for (int k = 0; k < (W ? W : width); k++) v += weight[k] * x[k];
+        return v;
+    }
+    [[gnu::always_inline]] void shift(int64_t width) {
+        UNROLL for (int k = 0; k < (W ? W : width) - 1; k++) x[k] = x[k + 1];
+    }
+};
 
 template <int W>
 void forward_band(const Conv& c, int64_t s, int64_t from, int64_t to) {
-    const int64_t history = c.width - 1, length = c.offsets[s + 1] - c.offsets[s], whole = to - (to - from) % lanes;
-    const float* taps[most_width] = {};
-    for (int64_t t = 0; t < length; t++) {
-        float* y = c.y + (c.offsets[s] + t) * c.channels;
-        for (int64_t k = 0; k < c.width; k++) taps[k] = row(c, s, t - history + k);
-        const auto some = [&](int64_t i, int64_t left) {
-            const vec v = total<W>(c, taps, i, left);
-            store(y + i, v * sigmoid(v), left);
-        };
-        for (int64_t i = from; i < whole; i += lanes) some(i, lanes);
-        if (whole < to) some(whole, to - whole);
+    const int64_t width = W ? W : c.width, history = width - 1, length = c.offsets[s + 1] - c.offsets[s];
+    const float* taps[most_width + block];
+    for (int64_t t = 0; t < length; t += block) {
+        const int64_t count = std::min(block, length - t);
+        float* const y = c.y + (c.offsets[s] + t) * c.channels;
+        for (int64_t k = 0; k < count + history; k++) taps[k] = row(c, s, t - history + k);
+        for (int64_t i = from; i < to; i += lanes) {
+            const int64_t left = to - i;
+            Taps<W> of(c, taps, i, left);
+            for (int64_t r = 0; r < count; r++) {  // a band is a part of a row: what comes next is asked for
+                const float* const x = taps[history + r] + i;
+                __builtin_prefetch(x + block * c.x_stride), __builtin_prefetch(y + (block + r) * c.channels + i, 1);
+                of.x[history] = load(x, left);
+                const vec v = of.total(width);
+                store(y + r * c.channels + i, v * sigmoid(v), left);
+                of.shift(width);
+            }
+        }
     }
     for (int64_t k = 0; k < history; k++)
         std::copy(row(c, s, length - history + k) + from, row(c, s, length - history + k) + to,
                   c.tail + (s * history + k) * c.channels + from);
 }
 
-// dx_u = sum_k w_k dpre_{u + W-1 - k} is complete when dpre_{u + W-1} is known: W rows of dpre lie in a ring.
+// dx_u = sum_k w_k dpre_{u + W-1 - k} is complete when dpre_{u + W-1} is known: the W-1 dpre before are kept.
 template <int W>
 void backward_band(const Conv& c, const ConvGradients& out, int64_t from, int64_t to) {
-    const int64_t width = W > 0 ? W : c.width, history = width - 1, wide = round_up(to - from), whole = to - (to - from) % lanes;
-    std::vector<float> ring(width * wide), dw(width * wide), db(wide);
-    const float *taps[most_width] = {}, *newer[most_width] = {};
+    const int64_t width = W ? W : c.width, history = width - 1, wide = round_up(to - from);
+    std::vector<float> kept(history * wide), dw(width * wide), db(wide);
+    const float* taps[most_width + block];
     for (int64_t s = 0; s < c.sequences; s++) {
         const int64_t length = c.offsets[s + 1] - c.offsets[s];
-        std::fill(ring.begin(), ring.end(), 0.0f);
-        for (int64_t t = 0; t < length + history; t++) {
-            float* own = &ring[t % width * wide];
-            const int64_t u = t - history;
-            const float* dy = out.dy + (c.offsets[s] + t) * c.channels;
-            float* dx = u >= 0 ? out.dx + (c.offsets[s] + u) * out.dx_stride : out.dinitial + (s * history + t) * c.channels;
-            const float* dtail = out.dtail && u >= length - history ? out.dtail + (s * history + u - length + history) * c.channels : nullptr;
-            for (int64_t k = 0; k < width; k++) {
-                if (t < length) taps[k] = row(c, s, u + k);
-                newer[k] = t >= k ? &ring[(t - k) % width * wide] : nullptr;
+        std::fill(kept.begin(), kept.end(), 0.0f);
+        for (int64_t t = 0; t < length + history; t += block) {
+            const int64_t count = std::min(block, length + history - t);
+            const float *dy[block], *dtail[block];
+            float* dx[block];
+            for (int64_t k = 0; k < count + history; k++) taps[k] = row(c, s, std::min(t - history + k, length - 1));
+            for (int64_t r = 0; r < count; r++) {
+                const int64_t u = t + r - history;
+                dy[r] = t + r < length ? out.dy + (c.offsets[s] + t + r) * c.channels : nullptr;
+                dx[r] = u >= 0 ? out.dx + (c.offsets[s] + u) * out.dx_stride : out.dinitial + (s * history + t + r) * c.channels;
+                dtail[r] = out.dtail && u >= length - history ? out.dtail + (s * history + u - length + history) * c.channels : nullptr;
             }
-            const auto some = [&](int64_t i, int64_t left) {
-                const int64_t j = i - from;
-                vec d{};
-                if (t < length) {
-                    const vec pre = total<W>(c, taps, i, left), gate = sigmoid(pre);
-                    d = load(dy + i, left) * gate * (1.0f + pre * (1.0f - gate));
-                    store(&db[j], load(&db[j]) + d);
-                    UNROLL for (int64_t k = 0; k < width; k++) {
-                        float* sum = &dw[k * wide + j];
-                        store(sum, load(sum) + load(taps[k] + i, left) * d);
+            for (int64_t i = from; i < to; i += lanes) {
+                const int64_t left = to - i, j = i - from;
+                Taps<W> of(c, taps, i, left);
+                vec past[W ? W : most_width], sum[W ? W : most_width], bias = load(&db[j]);
+                UNROLL for (int k = 0; k < width; k++) sum[k] = load(&dw[k * wide + j]);
+                UNROLL for (int k = 1; k < width; k++) past[k] = load(&kept[(k - 1) * wide + j]);
+                for (int64_t r = 0; r < count; r++) {
+                    __builtin_prefetch(dx[r] + block * out.dx_stride + i, 1);
+                    past[0] = vec{};
+                    if (dy[r]) {
+                        const float* const x = taps[history + r] + i;
+                        __builtin_prefetch(x + block * c.x_stride), __builtin_prefetch(dy[r] + block * c.channels + i);
+                        of.x[history] = load(x, left);
+                        const vec pre = of.total(width), gate = sigmoid(pre);
+                        bias += past[0] = load(dy[r] + i, left) * gate * (1.0f + pre * (1.0f - gate));
+                        UNROLL for (int k = 0; k < width; k++) sum[k] += of.x[k] * past[0];
                     }
+                    vec all = dtail[r] ? load(dtail[r] + i, left) : vec{};
+                    UNROLL for (int k = 0; k < width; k++) all += of.weight[k] * past[k];
+                    store(dx[r] + i, all, left);
+                    UNROLL for (int64_t k = history; k > 0; k--) past[k] = past[k - 1];
+                    of.shift(width);
                 }
-                store(own + j, d);
-                vec all = dtail ? load(dtail + i, left) : vec{};
-                UNROLL for (int64_t k = 0; k < width; k++)
-                    if (newer[k]) all += load(c.weight + k * c.channels + i, left) * load(newer[k] + j);
-                store(dx + i, all, left);
-            };
-            for (int64_t i = from; i < whole; i += lanes) some(i, lanes);
-            if (whole < to) some(whole, to - whole);
+                store(&db[j], bias);
+                UNROLL for (int k = 0; k < width; k++) store(&dw[k * wide + j], sum[k]);
+                UNROLL for (int k = 1; k < width; k++) store(&kept[(k - 1) * wide + j], past[k]);
+            }
         }
     }
     for (int64_t k = 0; k < width; k++) std::copy_n(&dw[k * wide], to - from, out.dweight + k * c.channels + from);

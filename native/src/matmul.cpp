@@ -20,7 +20,7 @@ namespace {
 
 constexpr int tall = lanes == 16 ? 8 : lanes == 8 ? 6 : 4, broad = lanes == 16 ? 3 : 2;  // rows and vectors of a tile
 constexpr int64_t panel = broad * lanes;                                                  // columns of a slice
-constexpr int64_t most_deep = 512, most_rows = 1024;  // of what is laid out at once
+constexpr int64_t most_rows = 1024;  // of what is laid out at once
 constexpr int64_t most_laid = 2 << 20;                // floats of a laid out at once: they stay in the third-level cache
 constexpr int64_t late = 96;                          // steps before the end at which a tile asks for its place in c
 constexpr int64_t early = 16;                         // rows of a turned matrix that are asked for before they are needed
@@ -84,20 +84,41 @@ void lay(const float* from, int64_t lane, int64_t count, int64_t depth, float* t
     }
 }
 
-template <int count>
+// out = the sum of two parts that lie `distance` floats apart, n floats each and rounded up to vectors.
 void add_up(const Terms& terms, const float* parts, int64_t distance, int64_t n, float* out) {
-    for (int64_t k = 0; k < n; k += lanes) {
-        vec v{};
-        UNROLL for (int i = 0; i < count; i++) v += static_cast<float>(terms.sign[i]) * load(parts + terms.part[i] * distance + k);
-        store(out + k, v);
-    }
+    const float *one = parts + terms.part[0] * distance, *other = parts + terms.part[1] * distance;
+    const float sign = static_cast<float>(terms.sign[0]), too = static_cast<float>(terms.sign[1]);
+    for (int64_t k = 0; k < n; k += lanes) store(out + k, sign * load(one + k) + too * load(other + k));
 }
 
-// out = the sum of parts that lie `distance` floats apart, n floats each and rounded up to vectors.
-void add_up(const Terms& terms, const float* parts, int64_t distance, int64_t n, float* out) {
-    if (terms.count == 1) add_up<1>(terms, parts, distance, n, out);
-    else if (terms.count == 2) add_up<2>(terms, parts, distance, n, out);
-    else add_up<4>(terms, parts, distance, n, out);
+// All seven sums of quarters of a matrix (0: a, 1: b), each sum `step` floats behind the last. A quarter is itself a sum of the
+// quarters `coarse` of a grid of parts, so that every part is read once for seven products.
+template <int matrix, int levels>
+void spread(const Terms& coarse, const float* parts, int64_t distance, int64_t n, float* out, int64_t step) {
+    const float* from[2][4];
+    float sign[2];
+    for (int j = 0; j < 2; j++)
+        for (int q = 0; q < 4; q++) {
+            const int whole = coarse.part[j % coarse.count], row = whole / 2 * 2 + q / 2, column = whole % 2 * 2 + q % 2;
+            from[j][q] = parts + (levels == 2 ? row * 4 + column : q) * distance, sign[j] = static_cast<float>(coarse.sign[j % coarse.count]);
+        }
+    const auto sweep = [&](auto two) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < n; k += lanes) {
+            vec v[4];
+            UNROLL for (int q = 0; q < 4; q++) {
+                v[q] = load(from[0][q] + k);
+                if constexpr (two) v[q] = sign[0] * v[q] + sign[1] * load(from[1][q] + k);
+            }
+            UNROLL for (int r = 0; r < 7; r++) {
+                vec total{};
+                UNROLL for (int q = 0; q < 4; q++)
+                    if (strassen[matrix][r][q]) total = strassen[matrix][r][q] > 0 ? total + v[q] : total - v[q];
+                store(out + r * step + k, total);
+            }
+        }
+    };
+    if (coarse.count == 2) sweep(std::true_type{});
+    else sweep(std::false_type{});  // with sign 1
 }
 
 // Lines that will be needed soon, of rows of the caller's matrices: asked for one by one, between the steps of a tile, because each
@@ -190,11 +211,14 @@ template <int levels>
 void multiply(const Matmul& p, int threads) {
     static constexpr Scheme<levels> scheme;
     constexpr int grid = scheme.grid, parts = grid * grid, products = scheme.products;
+    static constexpr Scheme<(levels > 1)> coarse;  // the quarters whose quarters are multiplied
+    constexpr int held = levels == 0 ? 0 : levels == 1 ? 1 : 7;  // sums of parts of b at a time
+    constexpr int64_t most_deep = levels == 2 ? 256 : 512;
     const int64_t chunks = (p.rows + most_rows - 1) / most_rows, part_depth = (p.depth + grid - 1) / grid;
     const int64_t part_columns = grid == 1 ? p.columns : round_up((p.columns + grid - 1) / grid), vectors = (part_columns + lanes - 1) / lanes;
     const int64_t cuts = std::max<int64_t>(1, (part_depth + most_deep - 1) / most_deep), deep = (part_depth + cuts - 1) / cuts;
     const int64_t most_tiles = (((p.rows + chunks - 1) / chunks + grid - 1) / grid + tall - 1) / tall;
-    const int64_t tile_floats = tall * deep + lanes, cut_floats = products * most_tiles * tile_floats, slice_floats = deep * panel;
+    const int64_t tile_floats = tall * deep + lanes, cut_floats = products * most_tiles * tile_floats, slice_floats = deep * panel + lanes;
     const int64_t together = std::max<int64_t>(1, std::min(cuts, most_laid / cut_floats));
     int64_t slices = (vectors + broad - 1) / broad;
     if (slices < 8 * threads) slices = std::min(vectors, (slices + threads - 1) / threads * threads);  // or a thread waits for the other
@@ -207,7 +231,7 @@ void multiply(const Matmul& p, int threads) {
         bool chief = false;
 #pragma omp master
         chief = true;
-        const int64_t b_floats = (parts + (parts > 1)) * slice_floats, c_floats = parts * most_tiles * tall * panel, a_floats = (parts > 1) * parts * tile_floats;
+        const int64_t b_floats = (parts + held) * slice_floats, c_floats = parts * most_tiles * tall * panel, a_floats = (parts > 1) * parts * tile_floats;
         char* memory = scratch((a_floats + b_floats + c_floats + chief * together * cut_floats) * sizeof(float) + 4 * (fence + 64));
         float *const a_parts = take<float>(memory, a_floats), *const b_parts = take<float>(memory, b_floats), *const sums = take<float>(memory, c_floats);
         if (chief) laid = take<float>(memory, together * cut_floats);
@@ -250,9 +274,8 @@ void multiply(const Matmul& p, int threads) {
                                 std::fill_n(one + there * high, (depth - there) * high, 0.0f);
                             }
                         }
-                        if (parts > 1)
-                            for (int r = 0; r < products; r++)
-                                add_up(scheme.of[0][r], a_parts, tile_floats, depth * (first(t1) - first(t0)), to + r * most_tiles * tile_floats);
+                        for (int r = 0; r < products && parts > 1; r += 7)
+                            spread<0, levels>(coarse.of[0][r / 7], a_parts, tile_floats, depth * (first(t1) - first(t0)), to + r * most_tiles * tile_floats, most_tiles * tile_floats);
                     }
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t task = 0; task < slices * stretches; task++) {
@@ -301,9 +324,10 @@ void multiply(const Matmul& p, int threads) {
                         int seen = 0;
                         for (int r = 0; r < products; r++) {
                             const Terms &right = scheme.of[1][r], &to = scheme.of[2][r];
-                            const bool alone = right.count == 1;  // with sign 1, in every product
-                            float* const b = b_parts + (alone ? right.part[0] : parts) * slice_floats;
-                            if (!alone) add_up(right, b_parts, slice_floats, depth * panel, b);
+                            const bool alone = levels < 2 && right.count == 1;  // with sign 1, in every product
+                            float* const b = b_parts + (alone ? right.part[0] : parts + r % std::max(1, held)) * slice_floats;
+                            if (levels == 2 && r % 7 == 0) spread<1, levels>(coarse.of[1][r / 7], b_parts, slice_floats, depth * panel, b, slice_floats);
+                            if (levels == 1 && !alone) add_up(right, b_parts, slice_floats, depth * panel, b);
                             Places places{to.count, panel, {}, {}};
                             for (int j = 0; j < to.count; j++) {
                                 const int part = to.part[j];

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class Layer(nn.Module):
         self.mixer = _MIXERS[config.pattern[index]](config, device, dtype)
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None) -> Tensor:
-        """[T, D] -> [T, D]."""
-        return x_TD + self.mixer(self.norm(x_TD), layout, state, self.index)
+        """[T, D] -> [T, D], or [R, D] of the rows that the layout asks for."""
+        return layout.wanted(x_TD) + self.mixer(self.norm(x_TD), layout, state, self.index)
 
 
 class Head(nn.Module):
@@ -115,15 +116,15 @@ class LanguageModel(nn.Module):
                 if not layout.only_decodes:
                     hidden_TD = torch.cat([hidden_TD, self(tokens[layout.decodes :], layout.rest(), state)])
                 return hidden_TD if layout.rows is None else hidden_TD[layout.rows]
-        x_TD = self.embeddings(tokens)
-        mixing, layers = len(self.config.pattern.rstrip(FEED_FORWARD)), list(self.layers)
+        whole = layout if layout.rows is None else replace(layout, rows=None)
+        x_TD, layers = self.embeddings(tokens), list(self.layers)
+        mixing = len(self.config.pattern.rstrip(FEED_FORWARD))  # in the layers behind these no token sees another
         with nullcontext() if state is None else ops.reading_prompts():
-            for layer in layers[:mixing]:
-                x_TD = layer(x_TD, layout, state)
-        if layout.rows is not None:
-            x_TD = x_TD[layout.rows]
-        for layer in layers[mixing:] if len(x_TD) else ():  # no token sees another there
-            x_TD = layer(x_TD, layout, state)
+            for place, layer in enumerate(layers[:mixing], 1):
+                x_TD = layer(x_TD, layout if place == mixing else whole, state)
+            x_TD = x_TD if mixing else layout.wanted(x_TD)
+            for layer in layers[mixing:] if len(x_TD) else ():
+                x_TD = layer(x_TD, whole, state)
         return self.norm_f(x_TD)
 
     def touch(self) -> None:

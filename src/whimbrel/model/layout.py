@@ -105,6 +105,10 @@ class Layout:
         """Does every sequence bring one token and continue a state?"""
         return 0 < self.decodes == len(self.past)
 
+    def wanted(self, x: Tensor) -> Tensor:
+        """Of [T, ...] the rows whose hidden state is wanted."""
+        return x if self.rows is None else x[self.rows]
+
     def others(self) -> Segments:
         """The cut of the sequences that do not decode."""
         return self._derived.setdefault("others", self.segments.rest(self.decodes))

@@ -46,7 +46,8 @@ class Mamba2(nn.Module):
         config = self.config
         z_TK, count, parts = self.in_proj(x_TD), layout.decodes, []
         if state is None and layout.exchange is ALONE:
-            return self.out_proj(ops.mamba_layer(z_TK, *self._weights(), layout.segments, *self._settings()))
+            y_TD = ops.mamba_layer(z_TK, *self._weights(), layout.segments, *self._settings())
+            return self.out_proj(layout.wanted(y_TD))
         if count:
             assert state is not None, "sequences decode only with a state"
             parts.append(self._step(z_TK[:count], layout, state, layer))
@@ -55,7 +56,7 @@ class Mamba2(nn.Module):
             dt_TH = ops.step_size(dt_TH, self.dt_bias, config.time_step_limit)
             y_TD = self._scan(xbc_TI, dt_TH, layout, state, layer)
             parts.append(ops.gated_norm(y_TD, gate_TD, self.norm_weight, config.n_groups, config.norm_eps))
-        return self.out_proj(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return self.out_proj(layout.wanted(torch.cat(parts) if len(parts) > 1 else parts[0]))
 
     def _weights(self) -> tuple[Tensor | None, ...]:
         return self.conv_weight, self.conv_bias, self.dt_bias, -self.A_log.exp(), self.D, self.norm_weight
