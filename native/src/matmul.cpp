@@ -1,9 +1,9 @@
 // c = a b in float32 for matrices that do not fit a cache, each by rows or turned: the products of training, and of prompts.
 //
 // As in Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): a is laid out once in tiles of a few
-// rows that all threads share; each thread lays out a slice of b, as many columns as a tile's sums fill registers, that stays in
-// its second-level cache, and takes it times every tile. The sum over the depth is cut by the depth alone and goes from front to
-// back, so that neither the number of threads nor the number of rows changes a bit.
+// rows that all threads share, unless it lies by rows and would be used for few columns; each thread lays out a slice of b, as many
+// columns as a tile's sums fill registers, that stays in its second-level cache, and takes it times every tile. The sum over the depth
+// is cut by the depth alone and goes from front to back, so that neither the number of threads nor the number of rows changes a bit.
 //
 // With levels, both are cut into quarters (and these again) and seven products of sums of quarters stand for eight: Strassen,
 // "Gaussian elimination is not optimal" (1969). Sums are made while laying out; a product goes to its quarters of c from the
@@ -20,10 +20,11 @@ namespace {
 
 constexpr int tall = lanes == 16 ? 8 : lanes == 8 ? 6 : 4, broad = lanes == 16 ? 3 : 2;  // rows and vectors of a tile
 constexpr int64_t panel = broad * lanes;                                                  // columns of a slice
-constexpr int64_t most_rows = 1024;  // of what is laid out at once
+constexpr int64_t most_rows = 1024;                   // of what is laid out at once
 constexpr int64_t most_laid = 2 << 20;                // floats of a laid out at once: they stay in the third-level cache
 constexpr int64_t late = 96;                          // steps before the end at which a tile asks for its place in c
 constexpr int64_t early = 16;                         // rows of a turned matrix that are asked for before they are needed
+constexpr int64_t few = 1152;                         // columns up to which rows of a are read where they are
 constexpr int64_t stride = 16;                        // steps between two looks at what will be needed soon
 
 // Signs of the quarters (upper left, upper right, lower left, lower right) of a and of b in each product, and with which it counts
@@ -158,15 +159,16 @@ struct Places {
     int sign[4];  // 0: nothing is there yet
 };
 
-template <int high, int wide>
-void tile(const float* a, const float* b, int64_t depth, const Places& places, Soon& soon, int64_t lines) {
+// a_row: 0 if a is laid out, else the distance of its rows, and the tile below is asked for.
+template <int high, int wide, bool laid>
+void tile(const float* a, int64_t a_row, const float* b, int64_t depth, const Places& places, Soon& soon, int64_t lines) {
     vec sum[high][wide] = {};
     const auto sweep = [&](int64_t steps) __attribute__((always_inline)) {
-        for (int64_t k = 0; k < steps; k++, a += high, b += panel) {
+        for (int64_t k = 0; k < steps; k++, a += laid ? high : 1, b += panel) {
             vec right[wide];
             UNROLL for (int i = 0; i < wide; i++) right[i] = load(b + i * lanes);
             UNROLL for (int r = 0; r < high; r++) {
-                const vec left = broadcast(a[r]);
+                const vec left = broadcast(a[laid ? r : r * a_row]);
                 UNROLL for (int i = 0; i < wide; i++) sum[r][i] += left * right[i];
             }
         }
@@ -174,8 +176,13 @@ void tile(const float* a, const float* b, int64_t depth, const Places& places, S
     const int64_t row = places.row, before = depth - std::min(depth, late);
     for (int64_t k = 0, asked = 0; k < before; k += stride) {
         for (; asked * before < lines * (k + stride) && asked < lines; asked++) soon.ask();
+        if (!laid)
+            for (int r = 0; r < high; r++) __builtin_prefetch(a + (high + r) * a_row, 0, 2);
         sweep(std::min(stride, before - k));
     }
+    if (!laid)
+        for (int r = 0; r < high; r++)
+            for (int64_t k = 0; k < depth - before; k += stride) __builtin_prefetch(a + (high + r) * a_row + k, 0, 2);
     for (int j = 0; j < places.count; j++)
         for (int r = 0; r < high; r++)
             for (int i = 0; i < wide; i++) __builtin_prefetch(places.at[j] + r * row + i * lanes, 1);
@@ -195,16 +202,16 @@ void tile(const float* a, const float* b, int64_t depth, const Places& places, S
     }
 }
 
-typedef void (*Tile)(const float*, const float*, int64_t, const Places&, Soon&, int64_t);
-template <int wide, int... high>
+typedef void (*Tile)(const float*, int64_t, const float*, int64_t, const Places&, Soon&, int64_t);
+template <bool laid, int wide, int... high>
 constexpr std::array<Tile, tall> of_width(std::integer_sequence<int, high...>) {
-    return {tile<high + 1, wide>...};
+    return {tile<high + 1, wide, laid>...};
 }
-template <int... wide>
+template <bool laid, int... wide>
 constexpr std::array<std::array<Tile, tall>, broad> of_all(std::integer_sequence<int, wide...>) {
-    return {of_width<wide + 1>(std::make_integer_sequence<int, tall>())...};
+    return {of_width<laid, wide + 1>(std::make_integer_sequence<int, tall>())...};
 }
-constexpr auto tiles_of = of_all(std::make_integer_sequence<int, broad>());  // [vectors - 1][rows - 1]
+constexpr std::array tiles_of{of_all<false>(std::make_integer_sequence<int, broad>()), of_all<true>(std::make_integer_sequence<int, broad>())};  // [laid][vectors - 1][rows - 1]
 
 // Parts are of equal size; what is missing from the last counts as zeros.
 template <int levels>
@@ -214,12 +221,14 @@ void multiply(const Matmul& p, int threads) {
     static constexpr Scheme<(levels > 1)> coarse;  // the quarters whose quarters are multiplied
     constexpr int held = levels == 0 ? 0 : levels == 1 ? 1 : 7;  // sums of parts of b at a time
     constexpr int64_t most_deep = levels == 2 ? 256 : 512;
-    const int64_t chunks = (p.rows + most_rows - 1) / most_rows, part_depth = (p.depth + grid - 1) / grid;
+    const int64_t part_depth = (p.depth + grid - 1) / grid;
     const int64_t part_columns = grid == 1 ? p.columns : round_up((p.columns + grid - 1) / grid), vectors = (part_columns + lanes - 1) / lanes;
     const int64_t cuts = std::max<int64_t>(1, (part_depth + most_deep - 1) / most_deep), deep = (part_depth + cuts - 1) / cuts;
+    const bool lays = levels || p.a_step != 1 || vectors * lanes > few;
+    const int64_t high_most = lays ? most_rows : 2 * most_rows, chunks = (p.rows + high_most - 1) / high_most;
     const int64_t most_tiles = (((p.rows + chunks - 1) / chunks + grid - 1) / grid + tall - 1) / tall;
     const int64_t tile_floats = tall * deep + lanes, cut_floats = products * most_tiles * tile_floats, slice_floats = deep * panel + lanes;
-    const int64_t together = std::max<int64_t>(1, std::min(cuts, most_laid / cut_floats));
+    const int64_t together = std::max<int64_t>(1, std::min(cuts, lays ? most_laid / cut_floats : cuts));
     int64_t slices = (vectors + broad - 1) / broad;
     if (slices < 8 * threads) slices = std::min(vectors, (slices + threads - 1) / threads * threads);  // or a thread waits for the other
     const int64_t stretches = std::min(most_tiles, (4 * threads + slices - 1) / slices);               // of rows: tasks for every thread
@@ -232,9 +241,9 @@ void multiply(const Matmul& p, int threads) {
 #pragma omp master
         chief = true;
         const int64_t b_floats = (parts + held) * slice_floats, c_floats = parts * most_tiles * tall * panel, a_floats = (parts > 1) * parts * tile_floats;
-        char* memory = scratch((a_floats + b_floats + c_floats + chief * together * cut_floats) * sizeof(float) + 4 * (fence + 64));
+        char* memory = scratch((a_floats + b_floats + c_floats + chief * lays * together * cut_floats) * sizeof(float) + 4 * (fence + 64));
         float *const a_parts = take<float>(memory, a_floats), *const b_parts = take<float>(memory, b_floats), *const sums = take<float>(memory, c_floats);
-        if (chief) laid = take<float>(memory, together * cut_floats);
+        if (chief) laid = take<float>(memory, lays * together * cut_floats);
 #pragma omp barrier
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             const int64_t top = p.rows * chunk / chunks, rows = p.rows * (chunk + 1) / chunks - top, part_rows = (rows + grid - 1) / grid;
@@ -244,7 +253,7 @@ void multiply(const Matmul& p, int threads) {
                 const int64_t end = std::min(cuts, begin + together);
                 constexpr int64_t group = parts > 1 ? 1 : 8;  // tiles laid out together: lines of a turned matrix are read once
 #pragma omp for collapse(2) schedule(static)
-                for (int64_t cut = begin; cut < end; cut++)
+                for (int64_t cut = begin; cut < (lays ? end : begin); cut++)
                     for (int64_t t0 = 0; t0 < tiles; t0 += group) {
                         const int64_t from = cut_at(cut), depth = cut_at(cut + 1) - from, t1 = std::min(tiles, t0 + group);
                         float* const to = laid + (cut - begin) * cut_floats + t0 * tile_floats;
@@ -339,7 +348,7 @@ void multiply(const Matmul& p, int threads) {
                             const float* a = laid + (cut - begin) * cut_floats + (r * most_tiles + t0) * tile_floats;
                             for (int64_t t = t0; t < t1; t++, a += tile_floats) {
                                 const int64_t high = first(t + 1) - first(t);
-                                tiles_of[wide - 1][high - 1](a, b, depth, places, soon, lines);
+                                tiles_of[lays][wide - 1][high - 1](lays ? a : p.a + (top + first(t)) * p.a_row + from, p.a_row, b, depth, places, soon, lines);
                                 for (int j = 0; j < places.count; j++) places.at[j] += direct ? high * p.c_row : tall * panel;
                             }
                         }

@@ -288,14 +288,14 @@ def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 90),
-    columns=st.integers(1, 90),
+    columns=st.one_of(st.integers(1, 90), st.integers(1140, 1170)),
     depth=st.one_of(st.integers(1, 90), st.integers(380, 1200)),
     turned=st.tuples(st.booleans(), st.booleans()),
     seed=st.integers(0, 99),
 )
 def test_products(rows, columns, depth, turned, seed):
     g = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(rows, depth, generator=g), torch.randn(depth, columns, generator=g)
+    a, b = torch.randn(rows, depth + 3, generator=g)[:, :depth], torch.randn(depth, columns, generator=g)
     a, b = (v.t().contiguous().t() if turn else v for v, turn in zip((a, b), turned, strict=True))
     c = torch.randn(rows, columns + 3, generator=g)[:, :columns]
     for isa in ISAS:
@@ -315,15 +315,17 @@ def test_products(rows, columns, depth, turned, seed):
 def test_products_in_several_pieces(turned):
     """More rows than are laid out at once, more depth than stays in a cache: the bits are those of fewer rows."""
     g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(1100, 2100, generator=g), torch.randn(2100, 50, generator=g)
-    a = a.t().contiguous().t() if turned else a
+    a, b = torch.randn(2100, 2100, generator=g), torch.randn(2100, 1170, generator=g)
+    a, many, b = a.t().contiguous().t() if turned else a, b, b[:, :50]
     for isa in ISAS:
         with instruction_set(isa):
-            whole = matmul.product(a, b, torch.empty(1100, 50))
+            whole = matmul.product(a, b, torch.empty(2100, 50))
             assert gap(whole, a.double() @ b.double()) < 2e-5, isa
-            assert torch.equal(matmul.product(a[700:], b, torch.empty(400, 50)), whole[700:]), isa
+            assert torch.equal(matmul.product(a[1700:], b, torch.empty(400, 50)), whole[1700:]), isa
+            more = matmul.product(a[1700:], many, torch.empty(400, 1170))
+            assert torch.equal(more[:, :32], whole[1700:, :32]), isa  # wherever the rows of a were read
             for levels in (1, 2):
-                fast = matmul.product(a, b, torch.empty(1100, 50), levels=levels)
+                fast = matmul.product(a, b, torch.empty(2100, 50), levels=levels)
                 assert gap(fast, a.double() @ b.double()) < 4e-5, (isa, levels)
 
 
