@@ -9,6 +9,11 @@
 
 namespace whimbrel::WHIMBREL_ISA {
 
+static vec root(vec x) {
+    for (int i = 0; i < lanes; i++) x[i] = std::sqrt(x[i]);
+    return x;
+}
+
 void gated_norm_forward(const GatedNorm& n, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < n.tokens * n.groups; task++) {
@@ -76,14 +81,14 @@ void gated_norm_backward(const GatedNorm& n, const GatedNormGradients& grads, in
     }
 }
 
-// out = max(x, 0)^2, or with dy its gradient 2 max(x, 0) dy.
+// out = max(x, 0)^2, or with dy its gradient 2 max(x, 0) dy; the root of a square is what was squared, to the last bit.
 void relu2(const Relu2& r, int threads) {
     constexpr int64_t piece = 4096;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t from = 0; from < r.count; from += piece)
         for (int64_t i = from; i < std::min(r.count, from + piece); i += lanes) {
             const int64_t left = r.count - i;
-            const vec x = load(r.x + i, left), up = x > 0.0f ? x : vec{};
+            const vec x = load(r.x + i, left), up = r.squared ? root(x) : x > 0.0f ? x : vec{};
             store(r.out + i, r.dy ? 2.0f * up * load(r.dy + i, left) : up * up, left);
         }
 }

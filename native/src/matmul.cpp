@@ -151,9 +151,15 @@ struct Soon {
     }
 };
 
-// Where the sums of a tile go: stored, added or taken away.
+vec relu2(vec v) {
+    const vec up = v > 0.0f ? v : vec{};
+    return up * up;
+}
+
+// Where the sums of a tile go: stored (squares: what is above zero, squared), added or taken away.
 struct Places {
     int count;
+    bool squares;
     int64_t row;
     float* at[4];
     int sign[4];  // 0: nothing is there yet
@@ -189,7 +195,10 @@ void tile(const float* a, int64_t a_row, const float* b, int64_t depth, const Pl
     sweep(depth - before);
     for (int j = 0; j < places.count; j++) {
         float* const c = places.at[j];
-        if (!places.sign[j]) {
+        if (places.squares) {
+            UNROLL for (int r = 0; r < high; r++)
+                UNROLL for (int i = 0; i < wide; i++) store(c + r * row + i * lanes, relu2(sum[r][i]));
+        } else if (!places.sign[j]) {
             UNROLL for (int r = 0; r < high; r++)
                 UNROLL for (int i = 0; i < wide; i++) store(c + r * row + i * lanes, sum[r][i]);
         } else if (places.sign[j] > 0) {
@@ -293,6 +302,7 @@ void multiply(const Matmul& p, int threads) {
                     const auto columns_of = [&](int part, int64_t at) { return limit(p.columns - part % grid * part_columns - at, slice_at(slice + 1) - left); };
                     const auto b_of = [&](int part, int64_t k, int64_t column) { return p.b + (part / grid * part_depth + k) * p.b_step + (part % grid * part_columns + column) * p.b_column; };
                     const auto c_of = [&](int part, int64_t row) { return p.c + (top + part / grid * part_rows + row) * p.c_row + part % grid * part_columns + left; };
+                    const bool add = p.add || begin, squares = p.squares && end == cuts;
                     const auto move = [&](bool in) {  // sums from c, or to it
                         for (int part = 0; part < parts; part++)
                             for (int64_t t = t0; t < t1; t++) {
@@ -301,11 +311,11 @@ void multiply(const Matmul& p, int threads) {
                                     for (int64_t i = 0; i < width; i += lanes) {
                                         float *const here = sums + ((part * most_tiles + t) * tall + r) * panel + i, *const there = c_of(part, first(t) + r) + i;
                                         if (in) store(here, load(there, width - i));
-                                        else store(there, load(here), width - i);
+                                        else store(there, squares ? relu2(load(here)) : load(here), width - i);
                                     }
                             }
                     };
-                    const bool add = p.add || begin, direct = grid == 1 && cuts == 1 && left + wide * lanes <= p.columns;
+                    const bool direct = grid == 1 && cuts == 1 && left + wide * lanes <= p.columns;
                     if (add && !direct) move(true);
                     for (int64_t cut = begin; cut < end; cut++) {
                         const int64_t from = cut_at(cut), depth = cut_at(cut + 1) - from;
@@ -337,7 +347,7 @@ void multiply(const Matmul& p, int threads) {
                             float* const b = b_parts + (alone ? right.part[0] : parts + r % std::max(1, held)) * slice_floats;
                             if (levels == 2 && r % 7 == 0) spread<1, levels>(coarse.of[1][r / 7], b_parts, slice_floats, depth * panel, b, slice_floats);
                             if (levels == 1 && !alone) add_up(right, b_parts, slice_floats, depth * panel, b);
-                            Places places{to.count, panel, {}, {}};
+                            Places places{to.count, squares && direct, panel, {}, {}};
                             for (int j = 0; j < to.count; j++) {
                                 const int part = to.part[j];
                                 places.at[j] = sums + (part * most_tiles + t0) * tall * panel;

@@ -63,19 +63,19 @@ struct GatedNormGradients {
     int64_t dgate_stride;
 };
 
-// out [count] = max(x, 0)^2, or with dy not null its gradient.
+// out [count] = max(x, 0)^2, or with dy not null its gradient, for which x may be max(x, 0)^2 (squared).
 struct Relu2 {
     const float *x, *dy;
     float* out;
-    int64_t count;
+    int64_t count, squared;
 };
 
 // c [rows, columns] = a b, plus what stands there with `add`: a(r, k) = a[r * a_row + k * a_step], of which one is 1, b(k, n) =
-// b[k * b_step + n * b_column] alike.
+// b[k * b_step + n * b_column] alike. levels: how often seven products stand for eight; squares, without add: c = max(a b, 0)^2.
 struct Matmul {
     const float *a, *b;
     float* c;
-    int64_t rows, columns, depth, a_row, a_step, b_step, b_column, c_row, add, levels;
+    int64_t rows, columns, depth, a_row, a_step, b_step, b_column, c_row, add, levels, squares;
 };
 
 // loss [rows] = cross-entropy of logits [rows, columns]; a target below 0 is none. With `learn` the logits turn into their gradient

@@ -4,8 +4,6 @@ Float32: 2e-5 of the largest value; for the gradient of `a`, a sum over all toke
 subtracted.
 """
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -333,12 +331,8 @@ def test_prompts_alone_take_fewer_multiplications(monkeypatch):
     """And only with gradients off, though parameters ask for them; a small size here stands for a large one."""
     if cpu.isa() == "baseline":
         pytest.skip("products of the baseline are torch's")
-    asked = []
-    monkeypatch.setattr(
-        sys.modules["whimbrel.ops.cpu.linear"],
-        "project",
-        lambda *v: asked.append(v[-1]) or matmul.project(*v),
-    )
+    asked, project = [], matmul.project
+    monkeypatch.setattr(matmul, "project", lambda *v: asked.append(v[3]) or project(*v))
     monkeypatch.setattr(matmul, "LEAST", 1)
     monkeypatch.setattr(matmul, "FAST", ((40, 20, 60), (20, 20, 20)))
     x, weight, bias = torch.randn(50, 24), torch.randn(64, 24).requires_grad_(), torch.randn(64)
@@ -350,7 +344,7 @@ def test_prompts_alone_take_fewer_multiplications(monkeypatch):
             cpu.linear(x[:rows], weight, bias)
         with ops.reading_prompts():
             assert cpu.linear(x[:rows], weight, bias).requires_grad
-    assert asked == [2, 1]
+    assert asked == [2, 0, 0, 1, 0, 0, 0, 0, 0]
 
 
 def test_large_projections_are_native_and_keep_their_gradients(monkeypatch):
@@ -362,6 +356,23 @@ def test_large_projections_are_native_and_keep_their_gradients(monkeypatch):
     name = "NativeLinearBackward" if cpu.isa() != "baseline" else "MmBackward0"
     assert cpu.linear(x, weight).grad_fn.name() == name
     assert cpu.linear(x[:, ::3], weight[:, ::3]).sum().backward() is None  # numbers that lie apart
+
+
+@pytest.mark.parametrize("depth", [33, 1100])
+def test_projections_that_are_squared_keep_only_the_squares(depth, monkeypatch):
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, depth, generator=g) / depth**0.5 for shape in (50, 70)]
+    compare(lambda *v: [ops.linear_relu2(*v)], lambda *v: [vectorised.relu2(vectorised.linear(*v))], leaves)
+    if cpu.isa() == "baseline":
+        return
+    x, weight = (v.requires_grad_() for v in leaves)
+    apart = vectorised.relu2(cpu.linear(x, weight))
+    found = [torch.autograd.grad(y, (x, weight), torch.ones_like(y)) for y in (cpu.linear_relu2(x, weight), apart)]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))  # the root of a square is what was squared
+    true = vectorised.relu2(vectorised.linear(*(v.detach().double() for v in leaves)))
+    for levels in (0, 1, 2):
+        assert gap(matmul.project(x.detach(), weight.detach(), None, levels, squares=True), true) < 2e-5, levels
 
 
 @settings(max_examples=25, deadline=None)

@@ -42,7 +42,8 @@ class Attention(nn.Module):
             y_THE = ops.attention(q_THE, k_UKE, v_UKE, layout.segments, keys)
         else:
             y_THE = _cached(q_THE, k_TKE, v_TKE, layout, state, layer)
-        return self.o_proj(layout.wanted(y_THE.flatten(1)))
+        y_TD = layout.wanted(y_THE.flatten(1))
+        return self.o_proj(y_TD) if len(y_TD) else x_TD[:0]
 
     def _project(self, x_TD: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config

@@ -40,23 +40,37 @@ class Mamba2(nn.Module):
         self.out_proj = Linear(inner, config.hidden_size, config.mamba_bias, device, dtype)
 
     def forward(self, x_TD: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
-        """[T, D] -> [T, D]. With a state, each sequence continues from its slot (from zero if it has no past) and
-        leaves its state there.
+        """[T, D] -> [T, D], or of the rows that are wanted. With a state, each sequence continues from its slot (from
+        zero if it has no past) and leaves its state there.
         """
-        config = self.config
-        z_TK, count, parts = self.in_proj(x_TD), layout.decodes, []
-        if state is None and layout.exchange is ALONE:
-            y_TD = ops.mamba_layer(z_TK, *self._weights(), layout.segments, *self._settings())
-            return self.out_proj(layout.wanted(y_TD))
+        if state is not None and layout.rows is not None and not layout.decodes and type(self.in_proj) is Linear:
+            y_TD = self._wanted(x_TD, layout, state, layer)
+        elif state is None and layout.exchange is ALONE:
+            row = (self.in_proj(x_TD), *self._weights(), layout.segments, *self._settings())
+            y_TD = layout.wanted(ops.mamba_layer(*row))
+        else:
+            y_TD = layout.wanted(self._mixed(self.in_proj(x_TD), layout, state, layer))
+        return self.out_proj(y_TD) if len(y_TD) else x_TD[:0]
+
+    def _mixed(self, z_TK: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
+        count, parts = layout.decodes, []
         if count:
             assert state is not None, "sequences decode only with a state"
             parts.append(self._step(z_TK[:count], layout, state, layer))
         if layout.segments.tokens > count:
             gate_TD, xbc_TI, dt_TH = mamba.parts(z_TK[count:], self.conv_weight, self.norm_weight)
-            dt_TH = ops.step_size(dt_TH, self.dt_bias, config.time_step_limit)
             y_TD = self._scan(xbc_TI, dt_TH, layout, state, layer)
-            parts.append(ops.gated_norm(y_TD, gate_TD, self.norm_weight, config.n_groups, config.norm_eps))
-        return self.out_proj(layout.wanted(torch.cat(parts) if len(parts) > 1 else parts[0]))
+            parts.append(ops.gated_norm(y_TD, gate_TD, self.norm_weight, *self._settings()[:2]))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _wanted(self, x_TD: Tensor, layout: Layout, state: State, layer: int) -> Tensor:
+        """What goes into `out_proj`, of the rows that are wanted: the gate of no other row is computed."""
+        weight, bias, inner = self.in_proj.weight, self.in_proj.bias, len(self.norm_weight)
+        own, rest = (None, None) if bias is None else (bias[:inner], bias[inner:])
+        xbc_TI, dt_TH = ops.linear(x_TD, weight[inner:], rest).split([len(self.conv_weight), len(self.A_log)], dim=-1)
+        y_TD = self._scan(xbc_TI, dt_TH, layout, state, layer)
+        gate_TD = ops.linear(layout.wanted(x_TD), weight[:inner], own)
+        return ops.gated_norm(layout.wanted(y_TD), gate_TD, self.norm_weight, *self._settings()[:2])
 
     def _weights(self) -> tuple[Tensor | None, ...]:
         return self.conv_weight, self.conv_bias, self.dt_bias, -self.A_log.exp(), self.D, self.norm_weight
@@ -76,7 +90,7 @@ class Mamba2(nn.Module):
         )  # fmt: skip
 
     def _scan(self, xbc_TI: Tensor, dt_TH: Tensor, layout: Layout, state: State | None, layer: int) -> Tensor:
-        rest = layout.others()
+        rest, dt_TH = layout.others(), ops.step_size(dt_TH, self.dt_bias, self.config.time_step_limit)
         tail, initial, slots_S = None, None, None
         if state is not None:
             assert layout.slots is not None, "a state with Mamba-2 layers needs slots"

@@ -129,4 +129,11 @@ def mamba_layer(*row: Any) -> Any:
     return _of_parts(*row) if whole is None else whole
 
 
-__all__ = [*OPERATIONS, "Segments", "active", "cpu", "gpu", "mamba_layer", "native", "reading_prompts", "using"]
+def linear_relu2(x_TD: Any, weight_FD: Any) -> Any:
+    """relu(x W^T)^2 [T, F], where the library can in one step; the inputs of the square are kept by neither pass."""
+    whole = cpu.linear_relu2(x_TD, weight_FD) if _preferred[0] == "cpu" else None
+    return relu2(linear(x_TD, weight_FD)) if whole is None else whole
+
+
+__all__ = [*OPERATIONS, "Segments", "active", "cpu", "gpu", "linear_relu2", "mamba_layer", "native"]
+__all__ += ["reading_prompts", "using"]

@@ -6,7 +6,7 @@ Operations that are not here run in `ops/torch`, and so does everything where th
 from whimbrel.ops.cpu.decode import Decode, network
 from whimbrel.ops.cpu.head import cross_entropy, kl, log_prob
 from whimbrel.ops.cpu.library import fits, isa, load, use
-from whimbrel.ops.cpu.linear import FEW, linear
+from whimbrel.ops.cpu.linear import FEW, linear, linear_relu2
 from whimbrel.ops.cpu.mamba import mamba_layer
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
 from whimbrel.ops.cpu.pointwise import conv, gated_norm, relu2, rms_norm
@@ -25,6 +25,7 @@ __all__ = [
     "isa",
     "kl",
     "linear",
+    "linear_relu2",
     "load",
     "log_prob",
     "mamba_layer",

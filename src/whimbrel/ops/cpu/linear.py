@@ -9,8 +9,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from whimbrel.ops.cpu.library import address, by_rows, call, fits, isa
-from whimbrel.ops.cpu.matmul import NativeLinear, pays, project, prompt_levels
+from whimbrel.ops.cpu.library import address, call, fits, isa
+from whimbrel.ops.cpu.matmul import large
 from whimbrel.ops.cpu.matrix import Matrix, Projection, readable
 from whimbrel.ops.packed import Packed
 from whimbrel.ops.torch import norm
@@ -33,21 +33,15 @@ class _Gemm(ctypes.Structure):
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + bias: [T, O]. Native in float32 on a CPU: without gradient for at most 16 rows or a packed matrix, with
-    or without one for large products; else torch's.
-
-    With weights of 8 or 4 bits the activations are rounded too: to 255 steps of a row and 32 inputs.
+    """x W^T + bias: [T, O]. Native in float32 on a CPU: large products, and without gradients at most 16 rows or a
+    packed matrix, for 8 or 4 bits with activations rounded too, to 255 steps of a row and 32 inputs; else torch's.
     """
     if isinstance(weight_OD, Tensor) and x_TD.dim() == 2 and x_TD.shape[0] > FEW and fits(x_TD, weight_OD, bias_O):
-        rows, (columns, depth) = x_TD.shape[0], weight_OD.shape
-        if pays(rows, columns, depth):
-            if levels := prompt_levels(rows, depth, columns):
-                return project(by_rows(x_TD), by_rows(weight_OD), bias_O, levels)
-            return NativeLinear.apply(x_TD, weight_OD, bias_O)
-        return norm.linear(x_TD, weight_OD, bias_O)
+        native = large(x_TD, weight_OD, bias_O)
+        return norm.linear(x_TD, weight_OD, bias_O) if native is None else native
     rows = x_TD.shape[0] if x_TD.dim() == 2 and not torch.is_grad_enabled() else 0
-    native = 0 < rows <= FEW or (rows and isinstance(weight_OD, Packed) and isa() != "baseline")
-    if not native or not fits(x_TD, bias_O) or not readable(weight_OD):
+    here = 0 < rows <= FEW or (rows and isinstance(weight_OD, Packed) and isa() != "baseline")
+    if not here or not fits(x_TD, bias_O) or not readable(weight_OD):
         return norm.linear(x_TD, weight_OD, bias_O)
     x_TD = x_TD.contiguous()
     y_TO = torch.empty(rows, weight_OD.shape[0])
@@ -57,3 +51,8 @@ def linear(x_TD: Tensor, weight_OD: Tensor | Packed, bias_O: Tensor | None = Non
     else:
         call("gemm", _Gemm(weight=weight, x=address(x_TD), y=address(y_TO), rows=rows, x_stride=x_TD.shape[1]))
     return y_TO
+
+
+def linear_relu2(x_TD: Tensor, weight_FD: Tensor) -> Tensor | None:
+    """relu(x W^T)^2 [T, F]; None: not for the library, which takes large products in float32 on a CPU."""
+    return large(x_TD, weight_FD, None, True) if fits(x_TD, weight_FD) else None

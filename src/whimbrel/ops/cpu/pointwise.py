@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ WIDEST = 64
 """Taps of a convolution that the library takes."""
 _Norm = structure("GatedNorm", "y gate weight out scale", "tokens groups width gate_stride", "eps")
 NormGradients = structure("GatedNormGradients", "dout dy dgate dweight", "dgate_stride")
-_Relu2 = structure("Relu2", "x dy out", "count")
+Relu2 = structure("Relu2", "x dy out", "count squared")
 
 
 class _NativeConv(torch.autograd.Function):
@@ -45,18 +44,10 @@ class _NativeConv(torch.autograd.Function):
         return dx, dweight.t(), None if bias_I is None else dbias, dinitial, None
 
 
-def describe_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor,
-    y: Tensor | None,
-    tail: Tensor | None,
-    starts: Tensor,
-) -> Any:
-    """The C struct of a convolution; weight [W, I], initial and tail [S, W-1, I]."""
-    pointers = [address(v) for v in (x, weight, bias, initial, y, tail, starts)]
-    return _Conv(*pointers, len(starts) - 1, x.shape[1], weight.shape[0], x.stride(0))
+def describe_conv(*row: Any) -> Any:
+    """The C struct of a convolution: x, weight [W, I], bias, initial [S, W-1, I], y, tail as initial, starts."""
+    x, weight, *_, starts = row
+    return _Conv(*(address(v) for v in row), len(starts) - 1, x.shape[1], weight.shape[0], x.stride(0))
 
 
 def conv(
@@ -93,13 +84,10 @@ class _NativeNorm(torch.autograd.Function):
         return dy, dgate, dweight.sum(0), None, None
 
 
-def describe_norm(
-    y: Tensor, gate: Tensor | None, weight: Tensor, out: Tensor | None, scale: Tensor, eps: float
-) -> ctypes.Structure:
+def describe_norm(y: Tensor, gate: Tensor | None, weight: Tensor, out: Tensor | None, scale: Tensor, eps: float) -> Any:
     """The C struct of a gated norm; scale [T, groups]."""
-    pointers = [address(v) for v in (y, gate, weight, out, scale)]
-    stride = 0 if gate is None else gate.stride(0)
-    return _Norm(*pointers, y.shape[0], scale.shape[1], y.shape[1] // scale.shape[1], stride, eps)
+    sizes = (*scale.shape, y.shape[1] // scale.shape[1], 0 if gate is None else gate.stride(0))
+    return _Norm(*(address(v) for v in (y, gate, weight, out, scale)), *sizes, eps)
 
 
 def gated_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, groups: int, eps: float) -> Tensor:
@@ -123,14 +111,14 @@ class _NativeRelu2(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x)
         out = fresh(*x.shape)
-        call("relu2", _Relu2(address(x), None, address(out), x.numel()))
+        call("relu2", Relu2(address(x), None, address(out), x.numel()))
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (x,) = ctx.saved_tensors
         dy, dx = gradients[0].contiguous(), fresh(*x.shape)
-        call("relu2", _Relu2(address(x), address(dy), address(dx), x.numel()))
+        call("relu2", Relu2(address(x), address(dy), address(dx), x.numel()))
         return dx
 
 
