@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from whimbrel import ops
-from whimbrel.engine.plan import BLOCK, Plan, plan
+from whimbrel.engine.plan import BLOCK, Plan, plan, prompt_flops
 from whimbrel.engine.sampler import Draw, sample
 from whimbrel.engine.sampling import Sampling
 from whimbrel.errors import UserError
@@ -228,3 +229,23 @@ def test_a_float16_state_takes_half_the_bytes_that_the_pool_takes():
     assert wide.state_bytes - half.state_bytes == held["ssm"] == wide.total_bytes - half.total_bytes
     assert wide.decode_bytes - half.decode_bytes == 2 * held["ssm"] // 4
     assert "4 sequences, float16" in "\n".join(half.lines())
+
+
+@pytest.mark.parametrize("pattern", ["M-*-", "-*M", "M-*"])
+def test_a_prompt_costs_the_products_that_reading_it_takes(pattern):
+    """What the last token saves the others is what torch counts less when only that token is asked for."""
+    config = replace(preset("hybrid-tiny"), pattern=pattern)
+    model, context = LanguageModel(config).initialise(0), 40
+
+    def operations(rows: torch.Tensor | None) -> float:
+        state = State.empty(config, slots=1, blocks=4)
+        table, slots = torch.arange(4)[None], torch.tensor([0])
+        with FlopCounterMode(display=False) as counter:
+            layout = Layout.of([context], [0], slots=slots, block_table=table, rows=rows)
+            model.head(model(torch.zeros(context, dtype=torch.int64), layout, state))
+        return float(counter.get_total_flops())
+
+    with torch.inference_mode(), ops.using("torch"):
+        saved = operations(None) - operations(torch.tensor([context - 1]))
+    whole = context * sum(count.flops(config, count.mean_context([context])).values())
+    assert whole - prompt_flops(config, context) == pytest.approx(saved, rel=1e-9)

@@ -12,7 +12,7 @@ from typing import Any
 from whimbrel.engine.memory import SHARE, Room
 from whimbrel.errors import UserError
 from whimbrel.model import count
-from whimbrel.model.config import FEED_FORWARD, LETTERS, ModelConfig
+from whimbrel.model.config import ATTENTION, FEED_FORWARD, LETTERS, MAMBA, ModelConfig
 from whimbrel.units import format_bytes, format_count
 
 BLOCK = 16
@@ -218,13 +218,13 @@ class _Need:
 
 
 def prompt_flops(config: ModelConfig, context: int) -> float:
-    """Operations to read a prompt: every token through the layers, the last one alone through feed-forward layers after
-    which no token sees another, and through the head.
-    """
+    """Operations to read a prompt: all tokens through what others see, the last alone through the rest and the head."""
     before = config.pattern.rstrip(FEED_FORWARD) or config.pattern
     mean = count.mean_context([context])
     whole, early = (count.flops(replace(config, pattern=pattern), mean) for pattern in (config.pattern, before))
-    return sum(whole.values()) + (context - 1) * (sum(early.values()) - early["head"])
+    wide = {MAMBA: 2 * config.mamba_inner, ATTENTION: config.num_attention_heads * config.head_dim}  # gate and output
+    own = early["head"] + 2 * config.hidden_size * wide.get(before[-1], 0)
+    return sum(whole.values()) + (context - 1) * (sum(early.values()) - own)
 
 
 def _seconds(bytes_: float, flops: float, bandwidth: float | None, peak: float | None) -> float:
