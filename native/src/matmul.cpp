@@ -310,6 +310,7 @@ void multiply(const Matmul& p, int threads) {
                                 for (int64_t r = 0; r < height; r++)
                                     for (int64_t i = 0; i < width; i += lanes) {
                                         float *const here = sums + ((part * most_tiles + t) * tall + r) * panel + i, *const there = c_of(part, first(t) + r) + i;
+                                        __builtin_prefetch(there + tall * p.c_row, 1);
                                         if (in) store(here, load(there, width - i));
                                         else store(there, squares ? relu2(load(here)) : load(here), width - i);
                                     }
