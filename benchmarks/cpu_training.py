@@ -262,7 +262,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
         assert abs(mine.sum.item() / mine.count - other) < 1e-3, (mine.sum.item() / mine.count, other)
     train_step(model, CrossEntropy(), [short], optimizer, clip=1.0)  # makes the moments of both
     peer_step(ids)
-    products = product_seconds(model, options.tokens, 1, warm_up=0)
+    products = product_seconds(model, options.tokens, 1)
     theirs_seconds = in_turns({"transformers": partial(peer_step, tokens_BL)}, options.large_repeats, warm_up=2)
 
     def step() -> float:

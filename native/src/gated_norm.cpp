@@ -88,7 +88,7 @@ void relu2(const Relu2& r, int threads) {
     for (int64_t from = 0; from < r.count; from += piece)
         for (int64_t i = from; i < std::min(r.count, from + piece); i += lanes) {
             const int64_t left = r.count - i;
-            const vec x = load(r.x + i, left), up = r.squared ? root(x) : x > 0.0f ? x : vec{};
+            const vec x = load(r.x + i, left), up = r.squared ? root(x) : above_zero(x);
             store(r.out + i, r.dy ? 2.0f * up * load(r.dy + i, left) : up * up, left);
         }
 }

@@ -151,10 +151,7 @@ struct Soon {
     }
 };
 
-vec relu2(vec v) {
-    const vec up = v > 0.0f ? v : vec{};
-    return up * up;
-}
+vec relu2(vec v) { return above_zero(v) * above_zero(v); }
 
 // Where the sums of a tile go: stored (squares: what is above zero, squared), added or taken away.
 struct Places {
@@ -165,7 +162,7 @@ struct Places {
     int sign[4];  // 0: nothing is there yet
 };
 
-// a_row: 0 if a is laid out, else the distance of its rows, and the tile below is asked for.
+// laid: a is laid out; else its rows lie a_row apart, and those of the tile below are asked for.
 template <int high, int wide, bool laid>
 void tile(const float* a, int64_t a_row, const float* b, int64_t depth, const Places& places, Soon& soon, int64_t lines) {
     vec sum[high][wide] = {};

@@ -38,6 +38,7 @@ inline vec load(const float* from) {
 inline void store(float* to, vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline vec broadcast(float x) { return vec{} + x; }
+inline vec above_zero(vec x) { return x > 0.0f ? x : vec{}; }
 
 typedef int32_t places __attribute__((vector_size(4 * WHIMBREL_LANES)));
 

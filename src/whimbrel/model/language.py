@@ -115,7 +115,7 @@ class LanguageModel(nn.Module):
             if hidden_TD is not None:
                 if not layout.only_decodes:
                     hidden_TD = torch.cat([hidden_TD, self(tokens[layout.decodes :], layout.rest(), state)])
-                return hidden_TD if layout.rows is None else hidden_TD[layout.rows]
+                return layout.wanted(hidden_TD)
         x_TD, whole, layers = self.embeddings(tokens), replace(layout, rows=None), list(self.layers)
         mixing = len(self.config.pattern.rstrip(FEED_FORWARD))  # in the layers behind these no token sees another
         with nullcontext() if state is None else ops.reading_prompts():
