@@ -34,6 +34,9 @@ DECLARE(avx2)
 #ifdef WHIMBREL_AVX512
 DECLARE(avx512)
 DECLARE_PRODUCTS(vnni)
+namespace whimbrel::bf16 {
+void matmul(const Matmul&, int);
+}
 #endif
 
 namespace {
@@ -57,10 +60,10 @@ struct Form {
     void (*decode)(const Decode&, int);
 };
 
-#define FORM(name, isa, products, here)                                                                       \
+#define FORM(name, isa, products, large, here)                                                                       \
     Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::relu2, whimbrel::isa::matmul, whimbrel::isa::cross_entropy, whimbrel::isa::divergence,        \
+         whimbrel::isa::relu2, whimbrel::large::matmul, whimbrel::isa::cross_entropy, whimbrel::isa::divergence,        \
          whimbrel::isa::attention,                                                                             \
          whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
 
@@ -73,13 +76,14 @@ bool wide() {
 
 const Form forms[] = {
 #ifdef WHIMBREL_AVX512
-    FORM("vnni", avx512, vnni, [] { return wide() && __builtin_cpu_supports("avx512vnni"); }),
-    FORM("avx512", avx512, avx512, wide),
+    FORM("bf16", avx512, vnni, bf16, [] { return wide() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }),
+    FORM("vnni", avx512, vnni, avx512, [] { return wide() && __builtin_cpu_supports("avx512vnni"); }),
+    FORM("avx512", avx512, avx512, avx512, wide),
 #endif
 #ifdef WHIMBREL_AVX2
-    FORM("avx2", avx2, avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
+    FORM("avx2", avx2, avx2, avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }),
 #endif
-    FORM("baseline", baseline, baseline, [] { return true; }),
+    FORM("baseline", baseline, baseline, baseline, [] { return true; }),
 };
 
 const Form* best() {

@@ -8,9 +8,17 @@
 // With levels, both are cut into quarters (and these again) and seven products of sums of quarters stand for eight: Strassen,
 // "Gaussian elimination is not optimal" (1969). Sums are made while laying out; a product goes to its quarters of c from the
 // registers. Rounding errors are then relative to the largest rows and columns, and depend on the other rows.
+//
+// With rounded, a and b are rounded to bfloat16 while they are laid out, and summed up in float32. Where the processor multiplies
+// pairs of such numbers (fold 2), a float of what is laid out holds two neighbours in depth and a step of a tile takes both: twice
+// the speed. Elsewhere it holds the rounded number, for the same result but for the order of sums.
 
 #include <array>
 #include <utility>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "product.h"
 #include "whimbrel.h"
@@ -68,14 +76,60 @@ struct Scheme {
 
 int64_t limit(int64_t count, int64_t most) { return std::max<int64_t>(0, std::min(count, most)); }
 
+// Numbers of what is multiplied in a float of what is laid out.
+#ifdef __AVX512BF16__
+template <bool rounded> constexpr int64_t fold = rounded ? 2 : 1;
+inline vec beside(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+inline vec between(vec first, vec second) {
+    const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(0x10001)));
+    return (vec)_mm512_permutexvar_epi16(order, (__m512i)beside(first, second));
+}
+template <bool rounded>
+vec multiply_add(vec sum, vec a, vec b) {
+    if constexpr (rounded) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    else return sum + a * b;
+}
+#else
+template <bool rounded> constexpr int64_t fold = 1;
+inline vec beside(vec first, vec) { return first; }
+inline vec between(vec first, vec) { return first; }
+template <bool rounded> vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
+#endif
+
+// To the nearest number of 8 binary digits, of two the even one.
+inline vec to_bfloat16(vec x) {
+    typedef uint32_t bits __attribute__((vector_size(sizeof(vec))));
+    const bits b = std::bit_cast<bits>(x), near = (b + 0x7fff + (b >> 16 & 1)) & 0xffff0000;
+    return x == x ? std::bit_cast<vec>(near) : x;
+}
+
+// A vector of what is laid out, from neighbours in depth of which `left` are there.
+template <bool rounded>
+vec along(const float* from, int64_t left) {
+    if constexpr (fold<rounded> == 2) return beside(load(from, limit(left, lanes)), load(from + lanes, limit(left - lanes, lanes)));
+    const vec v = load(from, left);
+    return rounded ? to_bfloat16(v) : v;
+}
+
+// The same from n neighbouring lanes of one row or, if it has another behind it in depth, of two.
+template <bool rounded>
+vec across(const float* from, int64_t step, bool another, int64_t n) {
+    const vec v = load(from, n);
+    if constexpr (fold<rounded> == 2) return between(v, another ? load(from + step, n) : vec{});
+    return rounded ? to_bfloat16(v) : v;
+}
+
 // to[k * row + i] = from[i * lane + k] for i < count <= lanes and k < depth, zeros up to `lanes`: what the next k may
 // overwrite. ahead: asks for the rows below, which come next.
-template <bool ahead = false>
-void lay(const float* from, int64_t lane, int64_t count, int64_t depth, float* to, int64_t row) {
+template <bool rounded, bool ahead = false>
+void lay(const float* from, int64_t lane, int64_t count, int64_t there, float* to, int64_t row) {
+    constexpr int64_t f = fold<rounded>;
+    const int64_t depth = (there + f - 1) / f;
     for (int64_t k = 0; k < depth; k += lanes) {
         vec v[lanes];
-        for (int64_t i = count; ahead && i < 2 * count; i++) __builtin_prefetch(from + i * lane + k);
-        UNROLL for (int i = 0; i < lanes; i++) v[i] = i < count ? load(from + i * lane + k, depth - k) : vec{};
+        for (int64_t i = count; ahead && i < 2 * count; i++)
+            for (int64_t j = 0; j < f; j++) __builtin_prefetch(from + i * lane + k * f + j * lanes);
+        UNROLL for (int i = 0; i < lanes; i++) v[i] = i < count ? along<rounded>(from + i * lane + k * f, there - k * f) : vec{};
         exchange<1>(v);
         if (depth - k >= lanes) {
             UNROLL for (int i = 0; i < lanes; i++) store(to + (k + i) * row, v[i]);
@@ -163,7 +217,7 @@ struct Places {
 };
 
 // laid: a is laid out; else its rows lie a_row apart, and those of the tile below are asked for.
-template <int high, int wide, bool laid>
+template <int high, int wide, bool laid, bool rounded>
 void tile(const float* a, int64_t a_row, const float* b, int64_t depth, const Places& places, Soon& soon, int64_t lines) {
     vec sum[high][wide] = {};
     const auto sweep = [&](int64_t steps) __attribute__((always_inline)) {
@@ -172,7 +226,7 @@ void tile(const float* a, int64_t a_row, const float* b, int64_t depth, const Pl
             UNROLL for (int i = 0; i < wide; i++) right[i] = load(b + i * lanes);
             UNROLL for (int r = 0; r < high; r++) {
                 const vec left = broadcast(a[laid ? r : r * a_row]);
-                UNROLL for (int i = 0; i < wide; i++) sum[r][i] += left * right[i];
+                UNROLL for (int i = 0; i < wide; i++) sum[r][i] = multiply_add<rounded>(sum[r][i], left, right[i]);
             }
         }
     };
@@ -209,28 +263,31 @@ void tile(const float* a, int64_t a_row, const float* b, int64_t depth, const Pl
 }
 
 typedef void (*Tile)(const float*, int64_t, const float*, int64_t, const Places&, Soon&, int64_t);
-template <bool laid, int wide, int... high>
+template <bool laid, bool rounded, int wide, int... high>
 constexpr std::array<Tile, tall> of_width(std::integer_sequence<int, high...>) {
-    return {tile<high + 1, wide, laid>...};
+    return {tile<high + 1, wide, laid, rounded>...};
 }
-template <bool laid, int... wide>
+template <bool laid, bool rounded, int... wide>
 constexpr std::array<std::array<Tile, tall>, broad> of_all(std::integer_sequence<int, wide...>) {
-    return {of_width<laid, wide + 1>(std::make_integer_sequence<int, tall>())...};
+    return {of_width<laid, rounded, wide + 1>(std::make_integer_sequence<int, tall>())...};
 }
-constexpr std::array tiles_of{of_all<false>(std::make_integer_sequence<int, broad>()), of_all<true>(std::make_integer_sequence<int, broad>())};  // [laid][vectors - 1][rows - 1]
+template <bool laid, bool rounded>
+constexpr std::array tiles_of = of_all<laid, rounded>(std::make_integer_sequence<int, broad>());  // [vectors - 1][rows - 1]
 
 // Parts are of equal size; what is missing from the last counts as zeros.
-template <int levels>
+template <int levels, bool rounded = false>
 void multiply(const Matmul& p, int threads) {
+    static_assert(!(levels && rounded));
     static constexpr Scheme<levels> scheme;
     constexpr int grid = scheme.grid, parts = grid * grid, products = scheme.products;
     static constexpr Scheme<(levels > 1)> coarse;  // the quarters whose quarters are multiplied
     constexpr int held = levels == 0 ? 0 : levels == 1 ? 1 : 7;  // sums of parts of b at a time
     constexpr int64_t most_deep = levels == 2 ? 256 : 512;
-    const int64_t part_depth = (p.depth + grid - 1) / grid;
+    constexpr int64_t f = fold<rounded>;  // depths are counted in floats of what is laid out
+    const int64_t part_depth = ((p.depth + f - 1) / f + grid - 1) / grid;
     const int64_t part_columns = grid == 1 ? p.columns : round_up((p.columns + grid - 1) / grid), vectors = (part_columns + lanes - 1) / lanes;
     const int64_t cuts = std::max<int64_t>(1, (part_depth + most_deep - 1) / most_deep), deep = (part_depth + cuts - 1) / cuts;
-    const bool lays = levels || p.a_step != 1 || vectors * lanes > few;
+    const bool lays = levels || rounded || p.a_step != 1 || vectors * lanes > few;
     const int64_t high_most = lays ? most_rows : 2 * most_rows, chunks = (p.rows + high_most - 1) / high_most;
     const int64_t most_tiles = (((p.rows + chunks - 1) / chunks + grid - 1) / grid + tall - 1) / tall;
     const int64_t tile_floats = tall * deep + lanes, cut_floats = products * most_tiles * tile_floats, slice_floats = deep * panel + lanes;
@@ -264,28 +321,29 @@ void multiply(const Matmul& p, int threads) {
                         const int64_t from = cut_at(cut), depth = cut_at(cut + 1) - from, t1 = std::min(tiles, t0 + group);
                         float* const to = laid + (cut - begin) * cut_floats + t0 * tile_floats;
                         for (int part = 0; part < parts; part++) {
-                            const int64_t k = part % grid * part_depth + from, there = limit(p.depth - k, depth), above = part / grid * part_rows;
-                            const float* const a = p.a + (top + above) * p.a_row + k * p.a_step;
+                            const int64_t k = part % grid * part_depth + from, numbers = limit(p.depth - k * f, depth * f), there = (numbers + f - 1) / f, above = part / grid * part_rows;
+                            const float* const a = p.a + (top + above) * p.a_row + k * f * p.a_step;
                             float* const into = parts > 1 ? a_parts + part * tile_floats : to;
                             if (p.a_row == 1) {
                                 int64_t at[group]{}, high[group]{}, count[group]{};
                                 for (int64_t t = t0; t < t1; t++)
                                     at[t - t0] = first(t), high[t - t0] = first(t + 1) - first(t), count[t - t0] = limit(rows - above - first(t), lanes);
                                 for (int64_t i = 0; i < there; i++) {
-                                    const float* const line = a + at[0] + i * p.a_step;
+                                    const float* const line = a + at[0] + i * f * p.a_step;
                                     if (i + early < there)
-                                        for (int64_t j = 0; j < group * tall; j += 16) __builtin_prefetch(line + early * p.a_step + j);
+                                        for (int64_t j = 0; j < group * tall; j += 16)
+                                            for (int64_t l = 0; l < f; l++) __builtin_prefetch(line + (early * f + l) * p.a_step + j);
                                     for (int64_t t = 0; t < t1 - t0; t++) {
                                         float* const one = into + t * tile_floats + i * high[t];
-                                        if (high[t] == tall && count[t] >= tall) std::memcpy(one, line + at[t] - at[0], tall * sizeof(float));
-                                        else store(one, load(line + at[t] - at[0], count[t]));
+                                        if (!rounded && high[t] == tall && count[t] >= tall) std::memcpy(one, line + at[t] - at[0], tall * sizeof(float));
+                                        else store(one, across<rounded>(line + at[t] - at[0], p.a_step, i * f + 1 < numbers, count[t]));
                                     }
                                 }
                             }
                             for (int64_t t = t0; t < t1; t++) {
                                 const int64_t high = first(t + 1) - first(t);
                                 float* const one = into + (t - t0) * tile_floats;
-                                if (p.a_row != 1) lay<true>(a + first(t) * p.a_row, p.a_row, limit(rows - above - first(t), high), there, one, high);
+                                if (p.a_row != 1) lay<rounded, true>(a + first(t) * p.a_row, p.a_row, limit(rows - above - first(t), high), numbers, one, high);
                                 std::fill_n(one + there * high, (depth - there) * high, 0.0f);
                             }
                         }
@@ -297,7 +355,7 @@ void multiply(const Matmul& p, int threads) {
                     const int64_t slice = task / stretches, left = slice_at(slice), wide = (slice_at(slice + 1) - left) / lanes;
                     const int64_t t0 = tiles * (task % stretches) / stretches, t1 = tiles * (task % stretches + 1) / stretches;
                     const auto columns_of = [&](int part, int64_t at) { return limit(p.columns - part % grid * part_columns - at, slice_at(slice + 1) - left); };
-                    const auto b_of = [&](int part, int64_t k, int64_t column) { return p.b + (part / grid * part_depth + k) * p.b_step + (part % grid * part_columns + column) * p.b_column; };
+                    const auto b_of = [&](int part, int64_t k, int64_t column) { return p.b + (part / grid * part_depth + k) * f * p.b_step + (part % grid * part_columns + column) * p.b_column; };
                     const auto c_of = [&](int part, int64_t row) { return p.c + (top + part / grid * part_rows + row) * p.c_row + part % grid * part_columns + left; };
                     const bool add = p.add || begin, squares = p.squares && end == cuts;
                     const auto move = [&](bool in) {  // sums from c, or to it
@@ -319,22 +377,22 @@ void multiply(const Matmul& p, int threads) {
                         const int64_t from = cut_at(cut), depth = cut_at(cut + 1) - from;
                         Soon soon;  // the slice after this one and, in the end, c
                         for (int part = 0; part < parts; part++) {
-                            const int64_t there = limit(p.depth - part / grid * part_depth - from, depth), width = columns_of(part, left);
+                            const int64_t numbers = limit(p.depth - (part / grid * part_depth + from) * f, depth * f), there = (numbers + f - 1) / f, width = columns_of(part, left);
                             const float* const b = b_of(part, from, left);
                             float* const into = b_parts + part * slice_floats;
                             if (p.b_column == 1) {
                                 for (int64_t k = 0; k < there; k++)
-                                    for (int64_t i = 0; i < wide * lanes; i += lanes) store(into + k * panel + i, load(b + k * p.b_step + i, limit(width - i, lanes)));
+                                    for (int64_t i = 0; i < wide * lanes; i += lanes) store(into + k * panel + i, across<rounded>(b + k * f * p.b_step + i, p.b_step, k * f + 1 < numbers, limit(width - i, lanes)));
                             } else {
                                 for (int64_t i = 0; i < wide * lanes; i += lanes)
-                                    lay(b + i * p.b_column, p.b_column, limit(width - i, lanes), there, into + i, panel);
+                                    lay<rounded>(b + i * p.b_column, p.b_column, limit(width - i, lanes), numbers, into + i, panel);
                             }
                             std::fill_n(into + there * panel, (depth - there) * panel, 0.0f);
                             const bool last = cut + 1 == end;
                             const int64_t after = last ? slice_at(std::min(slices, (task + threads) / stretches)) : left;
                             const float* const next = b_of(part, cut_at(last ? begin : cut + 1), after);
-                            if (p.b_column == 1) soon.add(next, p.b_step, there, columns_of(part, after));
-                            else soon.add(next, p.b_column, columns_of(part, after), there);
+                            if (p.b_column == 1) soon.add(next, p.b_step, numbers, columns_of(part, after));
+                            else soon.add(next, p.b_column, columns_of(part, after), numbers);
                             if (last && !direct) soon.add(c_of(part, first(t0)), p.c_row, limit(rows - part / grid * part_rows - first(t0), first(t1) - first(t0)), width, true);
                         }
                         const int64_t lines = soon.lines / (products * std::max<int64_t>(1, t1 - t0)) + 1;  // for each tile
@@ -356,7 +414,7 @@ void multiply(const Matmul& p, int threads) {
                             const float* a = laid + (cut - begin) * cut_floats + (r * most_tiles + t0) * tile_floats;
                             for (int64_t t = t0; t < t1; t++, a += tile_floats) {
                                 const int64_t high = first(t + 1) - first(t);
-                                tiles_of[lays][wide - 1][high - 1](lays ? a : p.a + (top + first(t)) * p.a_row + from, p.a_row, b, depth, places, soon, lines);
+                                (lays ? tiles_of<true, rounded> : tiles_of<rounded, rounded>)[wide - 1][high - 1](lays ? a : p.a + (top + first(t)) * p.a_row + from, p.a_row, b, depth, places, soon, lines);
                                 for (int j = 0; j < places.count; j++) places.at[j] += direct ? high * p.c_row : tall * panel;
                             }
                         }
@@ -372,7 +430,7 @@ void multiply(const Matmul& p, int threads) {
 
 void matmul(const Matmul& p, int threads) {
     if (!p.rows || !p.columns) return;
-    (p.levels == 2 ? multiply<2> : p.levels == 1 ? multiply<1> : multiply<0>)(p, threads);
+    (p.rounded ? multiply<0, true> : p.levels == 2 ? multiply<2> : p.levels == 1 ? multiply<1> : multiply<0>)(p, threads);
 }
 
 }  // namespace whimbrel::WHIMBREL_ISA

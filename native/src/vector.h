@@ -8,7 +8,9 @@
 
 #if defined(__AVX512F__)
 #define WHIMBREL_LANES 16
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512BF16__)
+#define WHIMBREL_ISA bf16
+#elif defined(__AVX512VNNI__)
 #define WHIMBREL_ISA vnni
 #else
 #define WHIMBREL_ISA avx512

@@ -71,11 +71,12 @@ struct Relu2 {
 };
 
 // c [rows, columns] = a b, plus what stands there with `add`: a(r, k) = a[r * a_row + k * a_step], of which one is 1, b(k, n) =
-// b[k * b_step + n * b_column] alike. levels: how often seven products stand for eight; squares, without add: c = max(a b, 0)^2.
+// b[k * b_step + n * b_column] alike. levels: how often seven products stand for eight; squares, without add: c = max(a b, 0)^2;
+// rounded, without levels: of a and b rounded to bfloat16, summed up in float32.
 struct Matmul {
     const float *a, *b;
     float* c;
-    int64_t rows, columns, depth, a_row, a_step, b_step, b_column, c_row, add, levels, squares;
+    int64_t rows, columns, depth, a_row, a_step, b_step, b_column, c_row, add, levels, squares, rounded;
 };
 
 // loss [rows] = cross-entropy of logits [rows, columns]; a target below 0 is none. With `learn` the logits turn into their gradient

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from whimbrel.ops import cpu
 
 WIDEST = cpu.isa()
-ISAS = [name for name in ("vnni", "avx512", "avx2", "baseline") if cpu.load()[0] is not None and cpu.use(name)]
+ISAS = [name for name in ("bf16", "vnni", "avx512", "avx2", "baseline") if cpu.load()[0] is not None and cpu.use(name)]
 if WIDEST is not None:
     cpu.use(WIDEST)  # asking has changed it, for every test of this process
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from whimbrel.ops import machine
+from whimbrel.ops import cpu, machine
 from whimbrel.ops.memory import kept
 
 
@@ -21,6 +21,7 @@ def test_bandwidth_and_peak_are_plausible_and_cached() -> None:
     start = time.perf_counter()
     assert (machine.bandwidth("cpu"), machine.matmul_peak("cpu", torch.float32)) == (bandwidth, peak)
     assert time.perf_counter() - start < 0.01
+    assert (machine.matmul_peak("cpu", torch.bfloat16) == peak) == (cpu.isa() != "bf16")
 
 
 def test_a_floor_is_not_beaten_by_the_same_work() -> None:

@@ -309,6 +309,68 @@ def test_products(rows, columns, depth, turned, seed):
                 assert (wide[:, columns:] == 7).all(), (isa, levels)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 90),
+    columns=st.one_of(st.integers(1, 90), st.integers(1140, 1170)),
+    depth=st.one_of(st.integers(1, 90), st.integers(700, 2400)),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
+def test_products_of_rounded_numbers(rows, columns, depth, turned, seed):
+    """Whether the processor has them or not: those of the operands rounded to bfloat16."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rows, depth + 3, generator=g)[:, :depth], torch.randn(depth, columns, generator=g)
+    a, b = (v.t().contiguous().t() if turn else v for v, turn in zip((a, b), turned, strict=True))
+    c = torch.randn(rows, columns + 3, generator=g)[:, :columns]
+    true = a.bfloat16().double() @ b.bfloat16().double()
+    for isa in ISAS:
+        with instruction_set(isa), ops.rounding(True):
+            wide = torch.full((rows, columns + 3), 7.0)
+            added = matmul.product(a, b, wide[:, :columns].copy_(c), add=True)
+            assert gap(added, c.double() + true) < 2e-5, isa
+            assert (wide[:, columns:] == 7).all(), isa
+            again = matmul.product(a[rows // 2 :], b, torch.empty(rows - rows // 2, columns))
+            assert torch.equal(again, matmul.product(a, b, torch.empty(rows, columns))[rows // 2 :]), isa
+            squares = matmul.product(a, b, torch.empty(rows, columns), squares=True)
+            assert gap(squares, true.relu() ** 2) < 2e-5, isa
+
+
+def test_rounding_is_to_the_nearest_and_of_two_to_the_even_one():
+    """Bit for bit as torch rounds, and what is no number or infinite stays so."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (3000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    bits[:1000] = bits[:1000] & ~0xFFFF | 0x8000  # half way
+    x = bits.view(torch.float32)
+    x = torch.cat(
+        [x[(x.abs() >= torch.finfo(x.dtype).smallest_normal) | x.isnan()], torch.tensor([0.0, torch.inf, -torch.inf])]
+    )
+    for isa in ISAS:
+        with instruction_set(isa), ops.rounding(True):
+            for a in (x[:, None], x[None].t()):
+                found = matmul.product(a, torch.ones(1, 1), torch.empty(len(x), 1))[:, 0]
+                assert found.isnan().sum() == x.isnan().sum() > 0
+                assert torch.equal(found.nan_to_num(9.0), x.bfloat16().float().nan_to_num(9.0)), isa
+
+
+def test_rounded_projections_keep_float32_and_round_in_both_passes(monkeypatch):
+    if cpu.isa() == "baseline":
+        pytest.skip("products of the baseline are torch's")
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    g = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(shape, generator=g) for shape in ((50, 33), (70, 33), (50, 70)))
+    leaves = [v.clone().requires_grad_() for v in (x, weight)]
+    with ops.rounding(True):
+        y = cpu.linear(*leaves)
+        y.backward(dy)
+    x, weight, dy = (v.bfloat16().double() for v in (x, weight, dy))
+    for found, true in zip(
+        (y, *(leaf.grad for leaf in leaves)), (x @ weight.t(), dy @ weight, dy.t() @ x), strict=True
+    ):
+        assert found.dtype == torch.float32 and gap(found, true) < 2e-5
+    with ops.rounding(False):
+        assert gap(cpu.linear(*leaves), leaves[0].double() @ leaves[1].double().t()) < 2e-5
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_in_several_pieces(turned):
     """More rows than are laid out at once, more depth than stays in a cache: the bits are those of fewer rows."""

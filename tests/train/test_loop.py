@@ -266,9 +266,14 @@ def test_mistakes_are_named(wrong: dict[str, Any], message: str) -> None:
         TrainSettings(**wrong)
 
 
-def test_precision_follows_the_device() -> None:
+def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert (TrainSettings().precision_on(cpu), TrainSettings().precision_on(gpu)) == ("float32", "bfloat16")
     assert TrainSettings(precision="float32").precision_on(gpu) == "float32"
-    with pytest.raises(UserError, match="needs a GPU"):
-        TrainSettings(precision="bfloat16").precision_on(cpu)
+    for isa in ("bf16", "avx2"):
+        monkeypatch.setattr("whimbrel.ops.cpu.isa", lambda isa=isa: isa)
+        assert TrainSettings(precision="bfloat16").precision_on(cpu) == "bfloat16"
+    for isa in ("baseline", None):
+        monkeypatch.setattr("whimbrel.ops.cpu.isa", lambda isa=isa: isa)
+        with pytest.raises(UserError, match="needs a GPU, or a processor with AVX2"):
+            TrainSettings(precision="bfloat16").precision_on(cpu)

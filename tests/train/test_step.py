@@ -10,6 +10,9 @@ import torch
 from tiny_run import TinyBatch, TinySource, pack, tiny_model
 
 from whimbrel.model.language import LanguageModel
+from whimbrel.ops import cpu
+from whimbrel.ops.cpu import matmul
+from whimbrel.parallel.recompute import recomputed
 from whimbrel.train.objective import CrossEntropy, Term
 from whimbrel.train.optimizer import OptimizerSettings, adamw
 from whimbrel.train.step import NotFinite, accumulate, train_step
@@ -142,6 +145,22 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     model = tiny_model()
     with pytest.raises(NotFinite, match=r"gradient of norm_f\.weight is not"):
         train_step(model, InfiniteSlope(), UNEVEN[:1], adamw(model, OptimizerSettings()), clip=1.0)
+
+
+@pytest.mark.skipif(cpu.isa() in (None, "baseline"), reason="needs the native products")
+def test_bfloat16_on_a_processor_rounds_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients are near those in float32, not the same; and the same if layers are computed again."""
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    exact, rounded, again = tiny_model(), tiny_model(), tiny_model()
+    wanted, _ = accumulate(exact, CrossEntropy(), UNEVEN, learn=True)
+    loss, _ = accumulate(rounded, CrossEntropy(), UNEVEN, "bfloat16", learn=True)
+    with recomputed(again):
+        assert accumulate(again, CrossEntropy(), UNEVEN, "bfloat16", learn=True)[0] == loss
+    assert 0 < abs(loss - wanted) < 0.02 * wanted
+    for name, gradient in gradients(rounded).items():
+        assert gradient.dtype == torch.float32 and torch.equal(gradient, gradients(again)[name]), name
+        away = (gradient - gradients(exact)[name]).norm() / gradients(exact)[name].norm()
+        assert 0 < away < 0.05, name
 
 
 @pytest.mark.gpu

@@ -225,8 +225,8 @@ class Engine:
     def _append(self, logits_SV: torch.Tensor, due: list[Sequence], tokens: list[int]) -> None:
         """Append a token to each sequence: the one drawn from its row, or the one that must come."""
         for row, sequence in enumerate(due):
-            forced = sequence.next_forced()
-            tokens[row] = tokens[row] if forced is None else forced
+            if sequence.thinking.forced:  # the thought is being closed
+                tokens[row] = sequence.thinking.forced[0]
         asked = [row for row, sequence in enumerate(due) if sequence.sampling.logprobs is not None]
         logprobs: dict[int, LogProb] = {}
         if asked:

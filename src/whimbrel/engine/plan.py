@@ -77,7 +77,8 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan for people."""
-        return [*_head(self), "", *_sizes(self), "", *_limits(self), *_floors(self), *_warnings(self)]
+        warnings = (f"  warning: {text}" for text in self.warnings)
+        return [*_head(self), "", *_sizes(self), "", *_limits(self), *_floors(self), *warnings]
 
 
 def plan(
@@ -294,7 +295,3 @@ def _floors(plan: Plan) -> list[str]:
         seconds = f"{plan.prefill_seconds:,.3g} s"
         lines.append(f"  a full prompt    at least {seconds}, at {plan.peak / 1e12:,.4g} TFLOP/s")
     return lines
-
-
-def _warnings(plan: Plan) -> list[str]:
-    return [f"  warning: {text}" for text in plan.warnings]

@@ -128,10 +128,6 @@ def top_log_probs(logits_SV: Tensor, tokens: Rows[int], counts: Rows[int]) -> li
     return [(row[0], top[:count]) for row, top, count in zip(rows, tops, counts, strict=True)]
 
 
-def _truncates(sampling: Sampling) -> bool:
-    return sampling.top_p < 1.0 or sampling.top_k > 0
-
-
 def numbers(draws: Rows[Draw]) -> Tensor:
     """[6, S] float64 on the host, all that `draw` needs: temperature, top_p, top_k (infinite: off), min_p, the uniform
     number of the draw, and the repetition penalty.
@@ -146,7 +142,7 @@ def numbers(draws: Rows[Draw]) -> Tensor:
 def kinds(draws: Rows[Draw]) -> Kinds:
     """What these rows need."""
     said = [draw.sampling for draw in draws]
-    hot = [_truncates(s) for s in said if s.temperature != 0]
+    hot = [s.top_p < 1.0 or s.top_k > 0 for s in said if s.temperature != 0]
     penalised, floored = any(s.repetition_penalty != 1.0 for s in said), any(s.min_p for s in said)
     return Kinds(not all(hot), any(hot), penalised, len(hot) < len(said), floored, sum(draw.wide for draw in draws))
 
@@ -168,7 +164,8 @@ def draw(logits_SV: Tensor, settings_6S: Tensor | None, kind: Kinds, seen_SV: Te
         logits_SV = _penalise(logits_SV, seen_SV, penalty_S1)
     if not kind.whole and not kind.truncated:
         return logits_SV.argmax(-1)
-    probs_SV = _probabilities(logits_SV, torch.where(temperature_S1 == 0, 1.0, temperature_S1))
+    # In float64, so that a sum over V leaves no rounding a draw could fall in.
+    probs_SV = (logits_SV.double() / torch.where(temperature_S1 == 0, 1.0, temperature_S1)).softmax(-1)
     ids_S = _uncut(probs_SV, min_p_S1 if kind.floored else None, share_S1) if kind.whole else None
     if kind.truncated:
         top_SW, ids_SW = probs_SV.topk(min(probs_SV.shape[-1], CANDIDATES))
@@ -218,11 +215,6 @@ def _cut(top_SW: Tensor, ids_SW: Tensor, vocabulary: int, settings_6S: Tensor) -
     kept_SW = kept_SW * (before_SW < top_p_S1 * total_S1)
     kept_SW = kept_SW * (kept_SW >= min_p_S1 * top_SW[:, :1])
     return ids_SW.gather(-1, _invert(kept_SW, share_S1))[:, 0]
-
-
-def _probabilities(logits_SV: Tensor, temperature_S1: Tensor) -> Tensor:
-    """Softmax at each row's temperature; in float64, so that a sum over V leaves no rounding a draw could fall in."""
-    return (logits_SV.double() / temperature_S1).softmax(-1)
 
 
 def _invert(weights_SW: Tensor, share_S1: Tensor) -> Tensor:

@@ -74,10 +74,6 @@ class Sequence:
         """What the sampler needs for the next token; `used_V` is the pool's record."""
         return Draw(self.sampling, self.seed, self.sample, self.written, used_V, self.wide)
 
-    def next_forced(self) -> int | None:
-        """The id that must come next, if the thought is being closed."""
-        return self.thinking.forced[0] if self.thinking.forced else None
-
     def append(
         self, token: int, ends: frozenset[int], logprob: tuple[float, tuple[tuple[int, float], ...]] | None = None
     ) -> None:

@@ -176,11 +176,7 @@ def _head(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str], dict[str, in
     for name in order:
         tensor = tensors[name]
         begins[name], end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": KINDS[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begins[name], end],
-        }
+        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begins[name], end]}
     head = json.dumps(header).encode()
     head += b" " * (-(len(head) + 8) % LINE)
     return len(head).to_bytes(8, "little") + head, order, begins

@@ -19,7 +19,7 @@ from typing import Any
 
 from whimbrel.ops import cpu, reference, split
 from whimbrel.ops import torch as vectorised
-from whimbrel.ops.cpu.matmul import reading_prompts
+from whimbrel.ops.cpu.matmul import reading_prompts, rounding
 from whimbrel.ops.segments import Segments
 from whimbrel.ops.torch.mamba import of_parts
 
@@ -136,4 +136,4 @@ def linear_relu2(x_TD: Any, weight_FD: Any) -> Any:
 
 
 __all__ = [*OPERATIONS, "Segments", "active", "cpu", "gpu", "linear_relu2", "mamba_layer", "native"]
-__all__ += ["reading_prompts", "using"]
+__all__ += ["reading_prompts", "rounding", "using"]

@@ -17,6 +17,8 @@ from functools import cache
 
 import torch
 
+from whimbrel.ops.cpu.library import isa
+
 SECONDS = 0.7
 CPU_BUFFER = 512 * 2**20
 GPU_BUFFER = 4 * 2**30
@@ -30,10 +32,11 @@ def bandwidth(device: torch.device | str = "cpu") -> float:
 def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> float:
     """Operations a second of a square matrix product (a multiply-add is two): n 1024 on a CPU, 8192 on a GPU.
 
-    dtype None: float32 on a CPU (where bfloat16 is often emulated and slow), bfloat16 on a GPU.
+    dtype None: bfloat16 on a GPU, else float32, also for bfloat16 on a CPU that has no such products.
     """
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    on_cpu = torch.device(device).type == "cpu"
+    if dtype is None or (on_cpu and dtype == torch.bfloat16 and isa() != "bf16"):
+        dtype = torch.float32 if on_cpu else torch.bfloat16
     return _matmul_peak(str(device), dtype, torch.get_num_threads())
 
 

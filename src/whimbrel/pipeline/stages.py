@@ -107,12 +107,7 @@ STAGES: Mapping[str, Stage] = {
         inputs=("model",),
         model="model",
     ),
-    "tasks": Stage(
-        settings="whimbrel.data.tasks:TasksSettings",
-        run="whimbrel.data.tasks:run",
-        version=1,
-        inputs=(),
-    ),
+    "tasks": Stage(settings="whimbrel.data.tasks:TasksSettings", run="whimbrel.data.tasks:run", version=1, inputs=()),
     "sft": Stage(
         settings="whimbrel.align.sft:SftSettings",
         run="whimbrel.align.sft:run",

@@ -72,7 +72,8 @@ class Tokenizer:
             raise UserError(
                 f"eos_token_id {wrong[0]} is outside the vocabulary of {self.vocab_size}; mend it in config.json"
             )
-        self.adds_bos = bool(config.get("add_bos_token", self._template_adds_bos())) and self.bos_id is not None
+        added = self.bos_id is not None and self._backend.encode("").ids[:1] == [self.bos_id]
+        self.adds_bos = bool(config.get("add_bos_token", added)) and self.bos_id is not None
         """Whether the model expects `bos_id` before a raw text: `encode(text, bos=tokenizer.adds_bos)`."""
 
     @classmethod
@@ -204,9 +205,6 @@ class Tokenizer:
         if self.bos_id is None:
             raise UserError("bos=True, but this tokenizer has no bos_token; leave bos at False")
         return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
-
-    def _template_adds_bos(self) -> bool:
-        return self.bos_id is not None and self._backend.encode("").ids[:1] == [self.bos_id]
 
     @property
     def _native(self) -> bool:

@@ -132,7 +132,8 @@ class Saver:
         tensors = _everything(model, optimizer)
         if self.pool is None:
             return _write(self.folder, state, tensors, self.keep, self.share, None)
-        copies = {name: _copied(tensor) for name, tensor in tensors.items()}
+        copies = {name: t.copied() if isinstance(t, Scattered) else t.detach().to("cpu", copy=True)
+                  for name, t in tensors.items()}  # fmt: skip
         self.pending = self.pool.submit(_write, self.folder, state, copies, self.keep, self.share, self.group)
         return path_of(self.folder, state.step)
 
@@ -149,10 +150,6 @@ class Saver:
                 self.wait()
             finally:
                 self.pool.shutdown()
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.copied() if isinstance(tensor, Scattered) else tensor.detach().to("cpu", copy=True)
 
 
 def _everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ import torch
 from whimbrel.errors import UserError, nearest
 from whimbrel.events import Report, silent
 from whimbrel.model.language import LanguageModel
+from whimbrel.ops import cpu
 from whimbrel.ops.memory import kept
 from whimbrel.parallel import Axes, Share, applied
 from whimbrel.parallel.context import piece_of
@@ -63,7 +64,7 @@ class TrainSettings:
     clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     precision: str = "auto"
-    """`float32`, `bfloat16` (autocast over float32 weights; GPU only), or `auto`: the best that works."""
+    """`float32`, `bfloat16` (products alone, over float32 weights), or `auto`: that on a GPU, else float32."""
     fp8: Fp8 = field(default_factory=Fp8)
     """Linear layers whose products run in 8 bits (train/precision.py)."""
     recompute: bool = False
@@ -105,9 +106,10 @@ class TrainSettings:
         self.parallel.check_batches(self.accumulate)
 
     def precision_on(self, device: torch.device) -> str:
-        """`float32` or `bfloat16`. On a CPU the latter is emulated, slow, and on some machines fatal: it is refused."""
-        if self.precision == "bfloat16" and device.type == "cpu":
-            raise UserError("train.precision is 'bfloat16', which needs a GPU; set train.precision to float32 or auto")
+        """`float32` or `bfloat16`, which takes a GPU or the native library; torch's is slow on many CPUs."""
+        if self.precision == "bfloat16" and device.type == "cpu" and cpu.isa() in (None, "baseline"):
+            raise UserError("train.precision is 'bfloat16', which needs a GPU, or a processor with AVX2 and the native "
+                            "library; set train.precision to float32 or auto")  # fmt: skip
         return self.precision if self.precision != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 
 
@@ -244,7 +246,8 @@ def _begin(
         report({"event": "log", "text": f"going on from {path}"})
     first = source.batch(0)
     lengths = piece_of(first, share).lengths if settings.parallel.context > 1 else first.lengths
-    check_memory(training_bytes(model, lengths, precision, settings.recompute), model.device, report)
+    stored = "float32" if model.device.type == "cpu" else precision
+    check_memory(training_bytes(model, lengths, stored, settings.recompute), model.device, report)
 
     def trial() -> None:
         accumulate(model, objective, [first], precision, learn=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from whimbrel import ops
 from whimbrel.errors import UserError
 from whimbrel.model.language import LanguageModel
 from whimbrel.parallel import gradients
@@ -53,6 +54,8 @@ def weighted(terms: Mapping[str, Term], counts: Mapping[str, float]) -> Tensor:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Run matrix products in bfloat16 over float32 weights, or everything as it is (`float32`)."""
+    if device.type == "cpu":
+        return ops.rounding(precision == "bfloat16")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -83,7 +86,8 @@ def accumulate(
         promised = objective.counts(batch)
         assert {name: term.count for name, term in terms.items()} == promised, "counts changed between promise and loss"
         if learn:
-            (weighted(terms, counts) * real).backward()
+            with autocast(model.device, precision) if model.device.type == "cpu" else nullcontext():
+                (weighted(terms, counts) * real).backward()  # autocast of a GPU remembers by itself
         for name, term in terms.items():
             seen = term.sum.detach() * real
             sums[name] = sums.get(name, torch.zeros((), device=model.device)) + seen
