@@ -40,7 +40,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def isa() -> str | None:
-    """The instruction set in use (bf16, vnni: wider than avx512; avx512, avx2, baseline), or None without the library."""
+    """The instruction set in use (bf16, vnni: beyond avx512; avx512, avx2, baseline), or None without the library."""
     library, _ = load()
     return None if library is None else library.whimbrel_isa().decode()
 
