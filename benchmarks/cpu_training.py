@@ -1,4 +1,6 @@
-"""Whole training steps (forward, backward, clipping, AdamW) in float32: ours beside what one would use instead.
+"""Whole training steps (forward, backward, clipping, AdamW): ours beside what one would use instead, both in float32
+and, where the processor multiplies bfloat16, both with products of such numbers over float32 weights: ours as
+`train.precision: bfloat16`, the others under torch's autocast.
 
 hybrid-290m   a row of 2,048 tokens, beside transformers' nemotron_h on the same weights: both sides share one set of
               parameters, gradients and moments, so that 24 GiB hold them. The row is one document, because the peer
@@ -9,7 +11,8 @@ hybrid-5m     alone, and beside a depth-wise conv1d and a scan with one masked d
 
 The floor is that of the matrix products: the three of each projection (forward, and both gradients) and of the head,
 timed in the same run at their own shapes, torch's or ours, whichever is faster. What is left of a step is native
-calls, by name, and the rest.
+calls, by name, and the rest. A ratio is to our step in the same arithmetic; `best` is the fastest of one side over
+the fastest of the other.
 Run: python benchmarks/cpu_training.py [--rows hybrid-0.3m …]
 """
 
@@ -58,6 +61,9 @@ FIVE = replace(
     ssm_state_size=32,
 )
 CHUNK = 32
+HALF = "-bfloat16"
+PRECISIONS = {"": "float32", HALF: "bfloat16"} if cpu.isa() == "bf16" else {"": "float32"}
+"""By what stands behind the name of a way."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,21 @@ def masked_scan(
 
 @contextmanager
 def form(name: str) -> Iterator[None]:
-    """Run the operations as `native`, `torch` or `masked` (the other operations then as `torch`)."""
+    """Run the operations as `native`, `torch` or `masked` (the other operations then as `torch`), the last two under
+    autocast if the name says so.
+    """
+    name, _, half = name.partition("-")
     if name == "native":
         yield
         return
     ops._FORMS["masked"] = SimpleNamespace(conv=masked_conv, ssd=masked_scan)  # type: ignore[assignment]
-    with ops.using("torch"), ops.using(name):
+    with ops.using("torch"), ops.using(name), autocast(bool(half)):
         yield
+
+
+def autocast(on: bool) -> torch.autocast:
+    """torch's bfloat16 over float32 weights."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=on)
 
 
 @contextmanager
@@ -152,8 +166,9 @@ def clocks() -> Iterator[Counter[str]]:
             module.call = before
 
 
-def product_seconds(model: LanguageModel, tokens: int, repeats: int, warm_up: int = 1) -> float:
+def product_seconds(model: LanguageModel, tokens: int, repeats: int, half: str = "") -> float:
     """Seconds of the matrix products of a step, each timed at its own shape: x W^T, and both gradients."""
+    dtype = torch.bfloat16 if half else torch.float32
     shapes: dict[tuple[int, ...], int] = defaultdict(int)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -164,55 +179,67 @@ def product_seconds(model: LanguageModel, tokens: int, repeats: int, warm_up: in
         x, weight, dy = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
         y, dx, dw = torch.ones(tokens, outputs), torch.ones(tokens, inputs), torch.ones(outputs, inputs)
         for a, b, out in ((x, weight.t(), y), (dy, weight, dx), (dy.t(), x, dw)):
-            ways: dict[str, Callable[[], object]] = {"torch": partial(torch.mm, a, b, out=out)}
+            theirs = [v.to(dtype) for v in (a, b, out)]
+            ways: dict[str, Callable[[], object]] = {"torch": partial(torch.mm, *theirs[:2], out=theirs[2])}
             if cpu.isa():
                 ways["native"] = partial(cpu.matmul.product, a, b, out)
-            seconds += count * min(min(runs) for runs in in_turns(ways, repeats, warm_up).values())
+            with ops.rounding(bool(half)):
+                seconds += count * min(min(runs) for runs in in_turns(ways, repeats, warm_up=1).values())
     return seconds
 
 
-def stepper(model: LanguageModel, row: Row) -> Callable[[], float]:
+def stepper(model: LanguageModel, row: Row, precision: str = "float32") -> Callable[[], float]:
     """One training step of ours; gives the loss."""
     optimizer = adamw(model, OptimizerSettings(learning_rate=1e-4))
-    return lambda: train_step(model, CrossEntropy(), [row], optimizer, clip=1.0).loss
+    return lambda: train_step(model, CrossEntropy(), [row], optimizer, clip=1.0, precision=precision).loss
 
 
 def small(config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """A small hybrid, in three forms of the same step."""
+    """A small hybrid, in three forms of the same step, each in what the processor multiplies."""
     row = random_row(config.vocab_size, (64,) * 16, 0)
-    names = ("native", "torch", "masked")
-    steps = {name: stepper(LanguageModel(config).initialise(0), row) for name in names}
+    steps = {
+        name + half: stepper(LanguageModel(config).initialise(0), row, precision if name == "native" else "float32")
+        for name in ("native", "torch", "masked")
+        for half, precision in PRECISIONS.items()
+    }
 
     def run(name: str) -> float:
         with form(name):
             return steps[name]()
 
-    first = {name: run(name) for name in names}
-    assert max(first.values()) - min(first.values()) < 1e-4, f"not the same loss: {first}"
+    first = {name: run(name) for name in steps}
+    exact = [loss for name, loss in first.items() if not name.endswith(HALF)]
+    assert max(exact) - min(exact) < 1e-4, f"not the same loss: {first}"
+    assert max(first.values()) - min(first.values()) < 1e-2, f"not nearly the same loss: {first}"
     with kept():  # as in the loop; all forms alike, for they share one heap
-        seconds = in_turns({name: partial(run, name) for name in names}, options.repeats, warm_up=5)
-    products = product_seconds(LanguageModel(config).initialise(0), len(row.tokens_T), 10)
-    with kept(), clocks() as native:
-        for _ in range(20):
-            run("native")
-    return {"parameters": total(config), "sequences": "16 x 64"} | figures(
-        seconds, len(row.tokens_T), products, {name: spent / 20 for name, spent in native.items()}
-    )
+        seconds = in_turns({name: partial(run, name) for name in steps}, options.repeats, warm_up=5)
+    parts: dict[str, dict[str, float]] = {}
+    for half in PRECISIONS:
+        products = product_seconds(LanguageModel(config).initialise(0), len(row.tokens_T), 10, half)
+        with kept(), clocks() as native:
+            for _ in range(20):
+                run("native" + half)
+        parts["native" + half] = {"products": products} | {name: spent / 20 for name, spent in native.items()}
+    return {"parameters": total(config), "sequences": "16 x 64"} | figures(seconds, len(row.tokens_T), parts)
 
 
-def figures(seconds: dict[str, list[float]], tokens: int, products: float, native: dict[str, float]) -> dict[str, Any]:
-    """What a row records. The first way is ours."""
+def figures(seconds: dict[str, list[float]], tokens: int, parts: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What a row records. `parts`: seconds of parts of our steps."""
     times = {name: summary(runs) for name, runs in seconds.items()}
-    ours, *others = times
-    median = times[ours]["median"]
-    parts = {"products": products} | native
+    median = {name: t["median"] for name, t in times.items()}
+    others = [name for name in median if name not in parts]
+    ratio = {name: median[name] / median["native" + HALF * name.endswith(HALF)] for name in others}
+    shares = {}
+    for name, spent in parts.items():
+        shares[name] = {part: s / median[name] for part, s in spent.items()}
+        shares[name]["rest"] = 1 - sum(shares[name].values())
     return {
         "seconds": times,
-        "tokens_per_second": {name: tokens / t["median"] for name, t in times.items()},
-        "ratio": {name: times[name]["median"] / median for name in others},
-        "product_seconds": products,
-        "share_of_product_floor": products / median,
-        "shares": {name: part / median for name, part in parts.items()} | {"rest": 1 - sum(parts.values()) / median},
+        "tokens_per_second": {name: tokens / m for name, m in median.items()},
+        "ratio": ratio,
+        "best": min(median[name] for name in others) / min(median[name] for name in parts),
+        "product_seconds": {name: spent["products"] for name, spent in parts.items()},
+        "shares": shares,
     }
 
 
@@ -246,8 +273,9 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     both = list(dict.fromkeys([*model.parameters(), *theirs.parameters()]))
     optimizer = torch.optim.AdamW(both, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def peer_step(ids: Tensor) -> float:
-        loss = theirs(input_ids=ids, labels=ids, use_cache=False).loss
+    def peer_step(ids: Tensor, half: str = "") -> float:
+        with autocast(bool(half)):
+            loss = theirs(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
@@ -262,23 +290,27 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
         assert abs(mine.sum.item() / mine.count - other) < 1e-3, (mine.sum.item() / mine.count, other)
     train_step(model, CrossEntropy(), [short], optimizer, clip=1.0)  # makes the moments of both
     peer_step(ids)
-    products = product_seconds(model, options.tokens, 1)
-    theirs_seconds = in_turns({"transformers": partial(peer_step, tokens_BL)}, options.large_repeats, warm_up=2)
+    parts = {"native" + half: {"products": product_seconds(model, options.tokens, 1, half)} for half in PRECISIONS}
+    seconds: dict[str, list[float]] = {}
+    for half in PRECISIONS:
+        way = {"transformers" + half: partial(peer_step, tokens_BL, half)}
+        seconds |= in_turns(way, options.large_repeats, warm_up=2)
 
-    def step() -> float:
-        return train_step(model, CrossEntropy(), [row], optimizer, clip=1.0).loss
+    def step(precision: str) -> float:
+        return train_step(model, CrossEntropy(), [row], optimizer, clip=1.0, precision=precision).loss
 
     with kept():  # as in the loop
-        step()
-        with clocks() as native:
-            seconds = in_turns({"native": step}, options.large_repeats, warm_up=0) | theirs_seconds
-    shares = {name: spent / options.large_repeats for name, spent in native.items()}
+        for half, precision in PRECISIONS.items():
+            step(precision)
+            with clocks() as native:
+                seconds |= in_turns({"native" + half: partial(step, precision)}, options.large_repeats, warm_up=0)
+            parts["native" + half] |= {name: spent / options.large_repeats for name, spent in native.items()}
     return {
         "parameters": total(config),
         "tokens": options.tokens,
         "peer": f"transformers {transformers.__version__} nemotron_h, torch path, sdpa, fused AdamW",
         "flops": flops_per_token(config, options.tokens / 2, training=True) * options.tokens,
-    } | figures(seconds, options.tokens, products, shares)
+    } | figures(seconds, options.tokens, parts)
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

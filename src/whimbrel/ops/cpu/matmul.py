@@ -18,7 +18,7 @@ from whimbrel.ops.memory import fresh
 _Matmul = structure(
     "Matmul", "a b c", "rows columns depth a_row a_step b_step b_column c_row add levels squares rounded"
 )
-LEAST = 1 << 26
+LEAST = 1 << 24
 """Multiplications from which our product is faster than torch's; below, a call from Python costs what it gains."""
 FAST = ((512, 1024, 4096), (256, 1024, 1024))
 """Rows, depth and columns from which two levels of Strassen's products, and one, take less time than one product."""

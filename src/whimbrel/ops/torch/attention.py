@@ -21,9 +21,12 @@ def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, ke
     """Causal attention inside each sequence: y_THE. Scale E^-0.5.
 
     `keys` cuts U keys and values into the same sequences; where a sequence has more keys than queries, the queries are
-    its last tokens. Many short sequences without history share one call: filled up at the end to one length, which
-    causal order makes invisible.
+    its last tokens. Sequences of one length without history share a call; so do many short ones: filled up at the end
+    to one length, which causal order makes invisible.
     """
+    if queries.lengths == keys.lengths and len(set(queries.lengths)) == 1 and len(q_THE):
+        q, k, v = (x.unflatten(0, (queries.count, -1)).transpose(1, 2) for x in (q_THE, k_UKE, v_UKE))
+        return _fused(q, k, v, *queries.lengths[:1] * 2).transpose(1, 2).flatten(0, 1)
     if queries.lengths == keys.lengths and queries.count > 4:
         return _together(q_THE, k_UKE, v_UKE, queries)
     parts = []
