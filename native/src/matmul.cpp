@@ -282,13 +282,13 @@ void multiply(const Matmul& p, int threads) {
     constexpr int grid = scheme.grid, parts = grid * grid, products = scheme.products;
     static constexpr Scheme<(levels > 1)> coarse;  // the quarters whose quarters are multiplied
     constexpr int held = levels == 0 ? 0 : levels == 1 ? 1 : 7;  // sums of parts of b at a time
-    constexpr int64_t most_deep = levels == 2 ? 256 : 512;
+    constexpr int64_t most_deep = levels == 2 ? 256 : levels == 1 ? 512 : 2048;  // one cut: sums go to c from the registers
     constexpr int64_t f = fold<rounded>;  // depths are counted in floats of what is laid out
     const int64_t part_depth = ((p.depth + f - 1) / f + grid - 1) / grid;
     const int64_t part_columns = grid == 1 ? p.columns : round_up((p.columns + grid - 1) / grid), vectors = (part_columns + lanes - 1) / lanes;
     const int64_t cuts = std::max<int64_t>(1, (part_depth + most_deep - 1) / most_deep), deep = (part_depth + cuts - 1) / cuts;
     const bool lays = levels || rounded || p.a_step != 1 || vectors * lanes > few;
-    const int64_t high_most = lays ? most_rows : 2 * most_rows, chunks = (p.rows + high_most - 1) / high_most;
+    const int64_t high_most = lays && (cuts > 1 || part_depth * 2 * most_rows > most_laid) ? most_rows : 2 * most_rows, chunks = (p.rows + high_most - 1) / high_most;
     const int64_t most_tiles = (((p.rows + chunks - 1) / chunks + grid - 1) / grid + tall - 1) / tall;
     const int64_t tile_floats = tall * deep + lanes, cut_floats = products * most_tiles * tile_floats, slice_floats = deep * panel + lanes;
     const int64_t together = std::max<int64_t>(1, std::min(cuts, lays ? most_laid / cut_floats : cuts));
