@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from whimbrel.ops.cpu.library import isa
+from whimbrel.ops.cpu.matmul import product, rounding
 
 SECONDS = 0.7
 CPU_BUFFER = 512 * 2**20
@@ -32,10 +33,11 @@ def bandwidth(device: torch.device | str = "cpu") -> float:
 def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> float:
     """Operations a second of a square matrix product (a multiply-add is two): n 1024 on a CPU, 8192 on a GPU.
 
-    dtype None: bfloat16 on a GPU, else float32, also for bfloat16 on a CPU that has no such products.
+    dtype None: bfloat16 on a GPU, else float32. bfloat16 on a CPU is our own product (torch's is slow, or fatal, on
+    some), and float32 without one.
     """
     on_cpu = torch.device(device).type == "cpu"
-    if dtype is None or (on_cpu and dtype == torch.bfloat16 and isa() != "bf16"):
+    if dtype is None or (on_cpu and dtype == torch.bfloat16 and isa() in (None, "baseline")):
         dtype = torch.float32 if on_cpu else torch.bfloat16
     return _matmul_peak(str(device), dtype, torch.get_num_threads())
 
@@ -50,9 +52,11 @@ def _bandwidth(device: str, threads: int) -> float:
 @cache
 def _matmul_peak(device: str, dtype: torch.dtype, threads: int) -> float:
     n = 1024 if torch.device(device).type == "cpu" else 8192
-    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(n, n, dtype=dtype, device=device)
-    return 2 * n**3 / _fastest(lambda: torch.mm(left, right, out=out), device)
+    rounded = device == "cpu" and dtype == torch.bfloat16
+    left, right, out = (torch.randn(n, n, device=device).to(torch.float32 if rounded else dtype) for _ in range(3))
+    work = partial(product, left, right, out) if rounded else partial(torch.mm, left, right, out=out)
+    with rounding(rounded):
+        return 2 * n**3 / _fastest(work, device)
 
 
 def _fastest(work: Callable[[], object], device: str) -> float:

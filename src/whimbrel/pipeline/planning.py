@@ -51,6 +51,8 @@ def run(
     if memory.strip().isdecimal() and size < 2**20:
         raise UserError(f"memory is {memory}, which is bytes; set memory to {memory.strip()}GiB if that is meant")
     speed = machine.bandwidth(_device()) if bandwidth is None else parse_bandwidth(bandwidth)
+    # Measured where a GPU would serve; on a CPU a plan has no floor for prompts unless `peak` is given.
+    measured = machine.matmul_peak("cuda") if peak is None and torch.cuda.is_available() else None
     return plan(
         config,
         memory=size,
@@ -58,7 +60,7 @@ def run(
         batch=batch,
         dtype=dtype,
         bandwidth=speed,
-        peak=_peak() if peak is None else parse_flops(peak),
+        peak=measured if peak is None else parse_flops(peak),
         reserve=0 if reserve is None else parse_bytes(reserve, "reserve"),
         state_dtype=check_state_dtype(state_dtype),
         name=model,
@@ -111,11 +113,6 @@ def train(
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _peak() -> float | None:
-    """Measured where a GPU would serve; on a CPU a plan has no floor for prompts unless `peak` is given."""
-    return machine.matmul_peak("cuda") if torch.cuda.is_available() else None
 
 
 def find(model: str) -> ModelConfig:
