@@ -60,12 +60,13 @@ struct Form {
     void (*decode)(const Decode&, int);
 };
 
-#define FORM(name, isa, products, large, here)                                                                       \
+// Products of training (large) and of decoding (products) may be of another form than all else (isa).
+#define FORM(name, isa, large, products, here)                                                                \
     Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
-         whimbrel::isa::relu2, whimbrel::large::matmul, whimbrel::isa::cross_entropy, whimbrel::isa::divergence,        \
-         whimbrel::isa::attention,                                                                             \
-         whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
+         whimbrel::isa::relu2, whimbrel::large::matmul, whimbrel::isa::cross_entropy,                         \
+         whimbrel::isa::divergence, whimbrel::isa::attention, whimbrel::products::gemm,                       \
+         whimbrel::products::linear, whimbrel::products::decode}
 
 #ifdef WHIMBREL_AVX512
 bool wide() {
@@ -76,8 +77,8 @@ bool wide() {
 
 const Form forms[] = {
 #ifdef WHIMBREL_AVX512
-    FORM("bf16", avx512, vnni, bf16, [] { return wide() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }),
-    FORM("vnni", avx512, vnni, avx512, [] { return wide() && __builtin_cpu_supports("avx512vnni"); }),
+    FORM("bf16", avx512, bf16, vnni, [] { return wide() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }),
+    FORM("vnni", avx512, avx512, vnni, [] { return wide() && __builtin_cpu_supports("avx512vnni"); }),
     FORM("avx512", avx512, avx512, avx512, wide),
 #endif
 #ifdef WHIMBREL_AVX2

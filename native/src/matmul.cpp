@@ -76,13 +76,18 @@ struct Scheme {
 
 int64_t limit(int64_t count, int64_t most) { return std::max<int64_t>(0, std::min(count, most)); }
 
-// Numbers of what is multiplied in a float of what is laid out.
+// Numbers of what is multiplied in a float of what is laid out. Of two vectors, rounded: all of one behind all of the other
+// (`beside`), or each number of one behind its neighbour in the other (`between`).
 #ifdef __AVX512BF16__
 template <bool rounded> constexpr int64_t fold = rounded ? 2 : 1;
 inline vec beside(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+alignas(64) constexpr auto turns = [] {
+    std::array<int16_t, 2 * lanes> places{};
+    for (int l = 0; l < 2 * lanes; l++) places[l] = static_cast<int16_t>(l % 2 * lanes + l / 2);
+    return places;
+}();
 inline vec between(vec first, vec second) {
-    const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(0x10001)));
-    return (vec)_mm512_permutexvar_epi16(order, (__m512i)beside(first, second));
+    return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(turns.data()), (__m512i)beside(first, second));
 }
 template <bool rounded>
 vec multiply_add(vec sum, vec a, vec b) {
