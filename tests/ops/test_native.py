@@ -283,6 +283,15 @@ def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
     assert torch.equal(ops.ssd(*row, segments)[0], vectorised.ssd(*row, segments)[0])
 
 
+def operands(rows, columns, depth, turned, seed):
+    """a and b, by rows or turned, and c to be added to; rows of a and c lie apart."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rows, depth + 3, generator=g)[:, :depth], torch.randn(depth, columns, generator=g)
+    a, b = (v.t().contiguous().t() if turn else v for v, turn in zip((a, b), turned, strict=True))
+    c = torch.randn(rows, columns + 3, generator=g)[:, :columns]
+    return a, b, c
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 90),
@@ -292,10 +301,7 @@ def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
     seed=st.integers(0, 99),
 )
 def test_products(rows, columns, depth, turned, seed):
-    g = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(rows, depth + 3, generator=g)[:, :depth], torch.randn(depth, columns, generator=g)
-    a, b = (v.t().contiguous().t() if turn else v for v, turn in zip((a, b), turned, strict=True))
-    c = torch.randn(rows, columns + 3, generator=g)[:, :columns]
+    a, b, c = operands(rows, columns, depth, turned, seed)
     for isa in ISAS:
         with instruction_set(isa):
             added = matmul.product(a, b, c.clone(), add=True)
@@ -319,10 +325,7 @@ def test_products(rows, columns, depth, turned, seed):
 )
 def test_products_of_rounded_numbers(rows, columns, depth, turned, seed):
     """Whether the processor has them or not: those of the operands rounded to bfloat16."""
-    g = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(rows, depth + 3, generator=g)[:, :depth], torch.randn(depth, columns, generator=g)
-    a, b = (v.t().contiguous().t() if turn else v for v, turn in zip((a, b), turned, strict=True))
-    c = torch.randn(rows, columns + 3, generator=g)[:, :columns]
+    a, b, c = operands(rows, columns, depth, turned, seed)
     true = a.bfloat16().double() @ b.bfloat16().double()
     for isa in ISAS:
         with instruction_set(isa), ops.rounding(True):
