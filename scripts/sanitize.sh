@@ -23,7 +23,7 @@ cp "$build/libwhimbrel.so" "$place"
 # The checks come before all else; libstdc++ with them, so that torch's exceptions are seen.
 compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so.6)"
-# Not detect_stack_use_after_return: gcc lays vectors of 64 bytes in its frames 32 bytes off , which is a fault
+# Not detect_stack_use_after_return: gcc lays vectors of 64 bytes in its frames 32 bytes off, which is a fault
 # of its own. Nothing here returns the address of a local.
 ASAN_OPTIONS=allocator_may_return_null=1:detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=0
 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
