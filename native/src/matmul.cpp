@@ -124,17 +124,17 @@ vec across(const float* from, int64_t step, bool another, int64_t n) {
     return rounded ? to_bfloat16(v) : v;
 }
 
-// to[k * row + i] = from[i * lane + k] for i < count <= lanes and k < depth, zeros up to `lanes`: what the next k may
-// overwrite. ahead: asks for the rows below, which come next.
+// to[k * row + i] = from[i * lane + k] for i < count <= lanes and as many k as `numbers` fill (of fold 2: each k two of these), zeros
+// up to `lanes`: what the next k may overwrite. ahead: asks for the rows below, which come next.
 template <bool rounded, bool ahead = false>
-void lay(const float* from, int64_t lane, int64_t count, int64_t there, float* to, int64_t row) {
+void lay(const float* from, int64_t lane, int64_t count, int64_t numbers, float* to, int64_t row) {
     constexpr int64_t f = fold<rounded>;
-    const int64_t depth = (there + f - 1) / f;
+    const int64_t depth = (numbers + f - 1) / f;
     for (int64_t k = 0; k < depth; k += lanes) {
         vec v[lanes];
         for (int64_t i = count; ahead && i < 2 * count; i++)
             for (int64_t j = 0; j < f; j++) __builtin_prefetch(from + i * lane + k * f + j * lanes);
-        UNROLL for (int i = 0; i < lanes; i++) v[i] = i < count ? along<rounded>(from + i * lane + k * f, there - k * f) : vec{};
+        UNROLL for (int i = 0; i < lanes; i++) v[i] = i < count ? along<rounded>(from + i * lane + k * f, numbers - k * f) : vec{};
         exchange<1>(v);
         if (depth - k >= lanes) {
             UNROLL for (int i = 0; i < lanes; i++) store(to + (k + i) * row, v[i]);
@@ -293,7 +293,7 @@ void multiply(const Matmul& p, int threads) {
     const int64_t part_columns = grid == 1 ? p.columns : round_up((p.columns + grid - 1) / grid), vectors = (part_columns + lanes - 1) / lanes;
     const int64_t cuts = std::max<int64_t>(1, (part_depth + most_deep - 1) / most_deep), deep = (part_depth + cuts - 1) / cuts;
     const bool lays = levels || rounded || p.a_step != 1 || vectors * lanes > few;
-    const int64_t high_most = lays && (cuts > 1 || part_depth * 2 * most_rows > most_laid) ? most_rows : 2 * most_rows, chunks = (p.rows + high_most - 1) / high_most;
+    const int64_t high_most = lays && (cuts > 1 || products * part_depth * (2 * most_rows / grid) > most_laid) ? most_rows : 2 * most_rows, chunks = (p.rows + high_most - 1) / high_most;
     const int64_t most_tiles = (((p.rows + chunks - 1) / chunks + grid - 1) / grid + tall - 1) / tall;
     const int64_t tile_floats = tall * deep + lanes, cut_floats = products * most_tiles * tile_floats, slice_floats = deep * panel + lanes;
     const int64_t together = std::max<int64_t>(1, std::min(cuts, lays ? most_laid / cut_floats : cuts));
@@ -419,7 +419,8 @@ void multiply(const Matmul& p, int threads) {
                             const float* a = laid + (cut - begin) * cut_floats + (r * most_tiles + t0) * tile_floats;
                             for (int64_t t = t0; t < t1; t++, a += tile_floats) {
                                 const int64_t high = first(t + 1) - first(t);
-                                (lays ? tiles_of<true, rounded> : tiles_of<rounded, rounded>)[wide - 1][high - 1](lays ? a : p.a + (top + first(t)) * p.a_row + from, p.a_row, b, depth, places, soon, lines);
+                                (lays ? tiles_of<true, rounded> : tiles_of<rounded, rounded>)  // what is rounded is always laid out
+                                    [wide - 1][high - 1](lays ? a : p.a + (top + first(t)) * p.a_row + from, p.a_row, b, depth, places, soon, lines);
                                 for (int j = 0; j < places.count; j++) places.at[j] += direct ? high * p.c_row : tall * panel;
                             }
                         }

@@ -283,6 +283,17 @@ def test_other_dtypes_and_a_missing_library_are_left_to_torch(monkeypatch):
     assert torch.equal(ops.ssd(*row, segments)[0], vectorised.ssd(*row, segments)[0])
 
 
+def shapes(*depths):
+    """What `operands` takes, to be drawn."""
+    return {
+        "rows": st.integers(1, 90),
+        "columns": st.one_of(st.integers(1, 90), st.integers(1140, 1170)),
+        "depth": st.one_of(st.integers(1, 90), *depths),
+        "turned": st.tuples(st.booleans(), st.booleans()),
+        "seed": st.integers(0, 99),
+    }
+
+
 def operands(rows, columns, depth, turned, seed):
     """a and b, by rows or turned, and c to be added to; rows of a and c lie apart."""
     g = torch.Generator().manual_seed(seed)
@@ -293,13 +304,7 @@ def operands(rows, columns, depth, turned, seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(1, 90),
-    columns=st.one_of(st.integers(1, 90), st.integers(1140, 1170)),
-    depth=st.one_of(st.integers(1, 90), st.integers(380, 1200), st.integers(2040, 2100)),
-    turned=st.tuples(st.booleans(), st.booleans()),
-    seed=st.integers(0, 99),
-)
+@given(**shapes(st.integers(380, 1200), st.integers(2040, 2100)))
 def test_products(rows, columns, depth, turned, seed):
     a, b, c = operands(rows, columns, depth, turned, seed)
     for isa in ISAS:
@@ -316,13 +321,7 @@ def test_products(rows, columns, depth, turned, seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(1, 90),
-    columns=st.one_of(st.integers(1, 90), st.integers(1140, 1170)),
-    depth=st.one_of(st.integers(1, 90), st.integers(1000, 1100), st.integers(4080, 4200)),
-    turned=st.tuples(st.booleans(), st.booleans()),
-    seed=st.integers(0, 99),
-)
+@given(**shapes(st.integers(1000, 1100), st.integers(4080, 4200)))
 def test_products_of_rounded_numbers(rows, columns, depth, turned, seed):
     """Whether the processor has them or not: those of the operands rounded to bfloat16."""
     a, b, c = operands(rows, columns, depth, turned, seed)

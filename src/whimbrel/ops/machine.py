@@ -51,8 +51,8 @@ def _bandwidth(device: str, threads: int) -> float:
 
 @cache
 def _matmul_peak(device: str, dtype: torch.dtype, threads: int) -> float:
-    n = 1024 if torch.device(device).type == "cpu" else 8192
-    rounded = device == "cpu" and dtype == torch.bfloat16
+    on_cpu = torch.device(device).type == "cpu"
+    n, rounded = 1024 if on_cpu else 8192, on_cpu and dtype == torch.bfloat16
     left, right, out = (torch.randn(n, n, device=device).to(torch.float32 if rounded else dtype) for _ in range(3))
     work = partial(product, left, right, out) if rounded else partial(torch.mm, left, right, out=out)
     with rounding(rounded):

@@ -25,8 +25,9 @@ def attention(q_THE: Tensor, k_UKE: Tensor, v_UKE: Tensor, queries: Segments, ke
     to one length, which causal order makes invisible.
     """
     if queries.lengths == keys.lengths and len(set(queries.lengths)) == 1 and len(q_THE):
-        q, k, v = (x.unflatten(0, (queries.count, -1)).transpose(1, 2) for x in (q_THE, k_UKE, v_UKE))
-        return _fused(q, k, v, *queries.lengths[:1] * 2).transpose(1, 2).flatten(0, 1)
+        length = queries.lengths[0]
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THE, k_UKE, v_UKE))
+        return _fused(q, k, v, length, length).transpose(1, 2).flatten(0, 1)
     if queries.lengths == keys.lengths and queries.count > 4:
         return _together(q_THE, k_UKE, v_UKE, queries)
     parts = []
