@@ -31,6 +31,7 @@ constexpr int64_t panel = broad * lanes;                                        
 constexpr int64_t most_rows = 1024;                   // of what is laid out at once
 constexpr int64_t most_laid = 2 << 20;                // floats of a laid out at once: they stay in the third-level cache
 constexpr int64_t late = 96;                          // steps before the end at which a tile asks for its place in c
+constexpr int64_t ahead = 1024;                       // floats between those of tiles in use and those asked for from the third-level cache
 constexpr int64_t early = 16;                         // rows of a turned matrix that are asked for before they are needed
 constexpr int64_t few = 1152;                         // columns up to which rows of a are read where they are
 constexpr int64_t stride = 16;                        // steps between two looks at what will be needed soon
@@ -227,6 +228,7 @@ void tile(const float* a, int64_t a_row, const float* b, int64_t depth, const Pl
     vec sum[high][wide] = {};
     const auto sweep = [&](int64_t steps) __attribute__((always_inline)) {
         for (int64_t k = 0; k < steps; k++, a += laid ? high : 1, b += panel) {
+            if (laid) __builtin_prefetch(a + ahead);
             vec right[wide];
             UNROLL for (int i = 0; i < wide; i++) right[i] = load(b + i * lanes);
             UNROLL for (int r = 0; r < high; r++) {
@@ -376,7 +378,7 @@ void multiply(const Matmul& p, int threads) {
                                     }
                             }
                     };
-                    const bool direct = grid == 1 && cuts == 1 && left + wide * lanes <= p.columns;
+                    const bool direct = grid == 1 && end - begin == 1 && left + wide * lanes <= p.columns && !(squares && add);
                     if (add && !direct) move(true);
                     for (int64_t cut = begin; cut < end; cut++) {
                         const int64_t from = cut_at(cut), depth = cut_at(cut + 1) - from;

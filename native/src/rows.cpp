@@ -155,6 +155,70 @@ inline void finish(const Projection& p, const float* total, float* y, int64_t o,
 
 inline __m256i fetch(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
+#if defined(__AVX512VNNI__)
+
+template <int count>
+constexpr int panel_streams = 2;
+
+// Two panels in one register; one alone fills it twice. One factor of vpdpbusd has no sign: 128 is added to codes of 8 bits (those
+// of 4 bits have their 8), and its sum taken off.
+inline __m512i fetch(const void* first, const void* second) {
+    return __builtin_shufflevector(fetch(first), fetch(second), 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+inline vec widen(const uint16_t* first, const uint16_t* second) {
+    const auto eight = [](const uint16_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); };
+    return _mm512_maskz_cvtph_ps(0xffff, __builtin_shufflevector(eight(first), eight(second), 0, 1, 2, 3));
+}
+
+// Four inputs of each row of a panel with those of `count` rows of activations.
+template <int count>
+inline void dot(__m512i weight, const int8_t* codes, __m512i (&acc)[count]) {
+    UNROLL for (int s = 0; s < count; s++) {
+        int32_t of_row;
+        std::memcpy(&of_row, codes + 4 * s, 4);
+        acc[s] = _mm512_dpbusd_epi32(acc[s], weight, _mm512_set1_epi32(of_row));
+    }
+}
+
+template <typename T, int bits, int count, int many>
+inline void eight(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, const int64_t (&o)[many], int64_t to) {
+    const Matrix& m = p.matrix;
+    const T *first = static_cast<const T*>(m.codes) + o[0] * m.inputs * bits / 8, *second = static_cast<const T*>(m.codes) + o[many - 1] * m.inputs * bits / 8;
+    const uint16_t *scale = m.scales + o[0] * (m.inputs / m.group), *other = m.scales + o[many - 1] * (m.inputs / m.group);
+    const int8_t* codes = a.codes + band * m.inputs;
+    const float* scales = a.scales + band * (m.inputs / block);
+    const int32_t* sums = a.sums + band * (m.inputs / block);
+    typedef uint16_t shorts __attribute__((vector_size(64)));
+    vec total[count] = {};
+    for (int64_t g = 0; g < m.inputs; g += m.group, scale += 8, other += 8) {
+        const vec of_rows = widen(scale, other);
+        for (int64_t b = 0; b < m.group; b += block) {
+            __m512i acc[count];
+            UNROLL for (int s = 0; s < count; s++) acc[s] = _mm512_set1_epi32(bits == 8 ? 16 * sums[s] : sums[s]);
+            UNROLL for (int k = 0; k < bits; k++, first += 32, second += 32) {
+                const __m512i read = fetch(first, second), low = _mm512_set1_epi8(15);
+                if (bits == 8) dot(_mm512_xor_si512(read, _mm512_set1_epi8(-128)), codes, acc);
+                else dot(read & low, codes, acc), dot((__m512i)((shorts)read >> 4) & low, codes + 4 * count, acc);
+                codes += 32 / bits * count;
+            }
+            UNROLL for (int s = 0; s < count; s++)
+                total[s] += __builtin_convertvector((places)acc[s], vec) * (of_rows * scales[s]);
+            scales += count, sums += count;
+        }
+    }
+    UNROLL for (int s = 0; s < count; s++) {
+        float of_row[16];
+        store(of_row, total[s]);
+        for (int i = 0; i < many; i++) finish(p, of_row + 8 * i, y + s * stride, o[i], to);
+    }
+}
+
+#else
+
+template <int count>
+constexpr int panel_streams = streams<2 * count>;
+
 inline __m256i four(const int8_t* codes) {  // of one row of activations, to all lanes
     int32_t bits;
     std::memcpy(&bits, codes, 4);
@@ -162,38 +226,6 @@ inline __m256i four(const int8_t* codes) {  // of one row of activations, to all
 }
 
 // Sums over 32 inputs: acc[s] of the rows of a panel with each of `count` rows of activations.
-#if defined(__AVX512VNNI__)
-// One factor of vpdpbusd has no sign: 128 is added to codes of 8 bits (those of 4 bits have their 8), and its sum taken off.
-template <int many, int count>
-inline void dot(const int8_t* const (&w)[many], const int8_t* codes, const int32_t* sums, __m256i (&acc)[many][count]) {
-    UNROLL for (int m = 0; m < many; m++)
-        UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_set1_epi32(16 * sums[s]);
-    UNROLL for (int k = 0; k < 8; k++)
-        UNROLL for (int m = 0; m < many; m++) {
-            if (k % 2 == 0) ask(w[m] + 32 * k);
-            const __m256i weight = _mm256_xor_si256(fetch(w[m] + 32 * k), _mm256_set1_epi8(-128));
-            UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_dpbusd_epi32(acc[m][s], weight, four(codes + (k * count + s) * 4));
-        }
-}
-
-template <int many, int count>
-inline void dot(const uint8_t* const (&w)[many], const int8_t* codes, const int32_t* sums, __m256i (&acc)[many][count]) {
-    const __m256i low = _mm256_set1_epi8(15);
-    UNROLL for (int m = 0; m < many; m++)
-        UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_set1_epi32(sums[s]);
-    UNROLL for (int k = 0; k < 4; k++)
-        UNROLL for (int m = 0; m < many; m++) {
-            if (k % 2 == 0) ask(w[m] + 32 * k);
-            const __m256i both = fetch(w[m] + 32 * k);
-            const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-            UNROLL for (int s = 0; s < count; s++) {
-                acc[m][s] = _mm256_dpbusd_epi32(acc[m][s], first, four(codes + (2 * k * count + s) * 4));
-                acc[m][s] = _mm256_dpbusd_epi32(acc[m][s], second, four(codes + ((2 * k + 1) * count + s) * 4));
-            }
-        }
-}
-
-#else
 template <int many, int count>
 inline void dot(const int8_t* const (&w)[many], const int8_t* codes, const int32_t*, __m256i (&acc)[many][count]) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -229,7 +261,6 @@ inline void dot(const uint8_t* const (&w)[many], const int8_t* codes, const int3
     UNROLL for (int m = 0; m < many; m++)
         UNROLL for (int s = 0; s < count; s++) acc[m][s] = _mm256_add_epi32(_mm256_madd_epi16(acc[m][s], ones), _mm256_set1_epi32(sums[s]));
 }
-#endif
 
 template <typename T, int bits, int count, int many>
 inline void eight(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, const int64_t (&o)[many], int64_t to) {
@@ -270,9 +301,11 @@ inline void eight(const Projection& p, const Activations& a, int64_t band, float
         }
 }
 
+#endif
+
 template <typename T, int bits, int count>
 void panels(const Projection& p, const Activations& a, int64_t band, float* y, int64_t stride, int64_t from, int64_t to) {
-    in_streams<streams<2 * count>>(from, to, 8, [&]<int many>(const int64_t (&o)[many]) {
+    in_streams<panel_streams<count>>(from, to, 8, [&]<int many>(const int64_t (&o)[many]) {
         eight<T, bits, count, many>(p, a, band, y, stride, o, to);
     });
 }
@@ -340,7 +373,7 @@ void product(const Projection& p, const Activations& a, float* y, int64_t stride
     if (a.rows > most_rows && p.matrix.kind == float32) return strips<float>(p, a, y, stride, from, to);
     if (a.rows > most_rows && p.matrix.kind == float16) return strips<uint16_t>(p, a, y, stride, from, to);
     // Many rows: a few weights at a time serve all of them, out of the first cache.
-    const int64_t step = a.rows <= most_rows ? to - from : 8;
+    const int64_t step = a.rows <= most_rows ? to - from : std::max(8, lanes);
     for (int64_t o = from; o < to; o += step)
         for (int64_t band = 0; band < a.rows; band += most_rows) {
             const int64_t count = std::min(most_rows, a.rows - band);
