@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -148,7 +149,8 @@ def autocast(on: bool) -> torch.autocast:
 def clocks() -> Iterator[Counter[str]]:
     """Seconds of each native call, by name."""
     seconds: Counter[str] = Counter()
-    modules = [module for name, module in vars(cpu).items() if hasattr(module, "call") and name != "library"]
+    beside = [module for name, module in sys.modules.items() if name.startswith("whimbrel.ops.cpu.")]
+    modules = [module for module in beside if hasattr(module, "call") and module is not cpu.library]
     before = cpu.library.call
 
     def call(name: str, *structures: Any) -> None:

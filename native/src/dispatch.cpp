@@ -23,7 +23,8 @@
     void matmul(const Matmul&, int);                                              \
     void cross_entropy(const Entropy&, int);                                      \
     void divergence(const Divergence&, int);                                      \
-    void attention(const Attention&, int);                                        \
+    void attention_forward(const Attention&, int);                                \
+    void attention_backward(const Attention&, const AttentionGradients&, int);    \
     }                                                                             \
     DECLARE_PRODUCTS(isa)
 
@@ -54,7 +55,8 @@ struct Form {
     void (*matmul)(const Matmul&, int);
     void (*cross_entropy)(const Entropy&, int);
     void (*divergence)(const Divergence&, int);
-    void (*attention)(const Attention&, int);
+    void (*attention_forward)(const Attention&, int);
+    void (*attention_backward)(const Attention&, const AttentionGradients&, int);
     void (*gemm)(const Gemm&, int);
     void (*linear)(const Linear&, int);
     void (*decode)(const Decode&, int);
@@ -65,7 +67,8 @@ struct Form {
     Form{name, here, whimbrel::isa::scan_forward, whimbrel::isa::scan_backward, whimbrel::isa::conv_forward,  \
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
          whimbrel::isa::relu2, whimbrel::large::matmul, whimbrel::isa::cross_entropy,                         \
-         whimbrel::isa::divergence, whimbrel::isa::attention, whimbrel::products::gemm,                       \
+         whimbrel::isa::divergence, whimbrel::isa::attention_forward, whimbrel::isa::attention_backward,      \
+         whimbrel::products::gemm,                                                                            \
          whimbrel::products::linear, whimbrel::products::decode}
 
 #ifdef WHIMBREL_AVX512
@@ -133,7 +136,11 @@ void whimbrel_cross_entropy(const Entropy* entropy, int threads) { now->cross_en
 
 void whimbrel_divergence(const Divergence* divergence, int threads) { now->divergence(*divergence, threads); }
 
-void whimbrel_attention(const Attention* attention, int threads) { now->attention(*attention, threads); }
+void whimbrel_attention_forward(const Attention* attention, int threads) { now->attention_forward(*attention, threads); }
+
+void whimbrel_attention_backward(const Attention* attention, const AttentionGradients* gradients, int threads) {
+    now->attention_backward(*attention, *gradients, threads);
+}
 
 void whimbrel_gemm(const Gemm* gemm, int threads) { now->gemm(*gemm, threads); }
 

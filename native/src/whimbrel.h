@@ -100,11 +100,18 @@ struct Divergence {
 
 // Causal attention of S sequences: q and y [T, heads, width], k and v [U, kv_heads, width], tokens *_stride floats apart (y is
 // dense). Sequence s has queries queries[s] … queries[s + 1], its last tokens, and at least as many keys keys[s] … keys[s + 1].
+// logs [T, heads]: the logarithm of the sum of each row's exponentials, which the gradients want (else null).
 struct Attention {
     const float *q, *k, *v;
-    float* y;
+    float *y, *logs;
     const int64_t *queries, *keys;  // [S + 1]
     int64_t sequences, heads, kv_heads, width, q_stride, k_stride, v_stride;
+};
+
+// Gradients of the same, all dense.
+struct AttentionGradients {
+    const float* dy;
+    float *dq, *dk, *dv;
 };
 
 // A weight matrix [outputs, inputs] in one of four forms. Few bits: panels of 8 rows, so that 32 bytes meet 4 activations
@@ -182,7 +189,8 @@ WHIMBREL_EXPORT void whimbrel_relu2(const Relu2* relu2, int threads);
 WHIMBREL_EXPORT void whimbrel_matmul(const Matmul* matmul, int threads);
 WHIMBREL_EXPORT void whimbrel_cross_entropy(const Entropy* entropy, int threads);
 WHIMBREL_EXPORT void whimbrel_divergence(const Divergence* divergence, int threads);
-WHIMBREL_EXPORT void whimbrel_attention(const Attention* attention, int threads);
+WHIMBREL_EXPORT void whimbrel_attention_forward(const Attention* attention, int threads);
+WHIMBREL_EXPORT void whimbrel_attention_backward(const Attention* attention, const AttentionGradients* gradients, int threads);
 WHIMBREL_EXPORT void whimbrel_gemm(const Gemm* gemm, int threads);
 WHIMBREL_EXPORT void whimbrel_linear(const Linear* linear, int threads);
 WHIMBREL_EXPORT void whimbrel_decode(const Decode* decode, int threads);

@@ -78,5 +78,5 @@ def _cached(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layout: Layout, state: 
         if any(layout.past[count:]):
             cut, places_U = layout.history(state.block_size)
             k_UKE, v_UKE = (pool.flatten(0, 1)[places_U].to(q_THE.dtype) for pool in (keys, values))
-        parts.append(ops.prompt_attention(q_THE[count:], k_UKE, v_UKE, rest, cut))
+        parts.append(ops.attention(q_THE[count:], k_UKE, v_UKE, rest, cut))
     return torch.cat(parts) if len(parts) > 1 else parts[0]

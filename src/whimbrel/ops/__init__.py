@@ -107,14 +107,6 @@ step_size = _operation("step_size")
 swiglu = _operation("swiglu")
 
 
-def prompt_attention(q_THE: Any, *rest: Any) -> Any:
-    """`attention` where no gradient is wanted, as the engine reads a prompt: on a CPU in native code, whose rounding is
-    not that of training.
-    """
-    fast = _preferred[0] == "cpu" and not q_THE.is_cuda
-    return cpu.prompt_attention(q_THE, *rest) if fast else attention(q_THE, *rest)
-
-
 _of_parts = of_parts(step_size, conv, ssd, gated_norm)
 
 

@@ -33,13 +33,17 @@ def bandwidth(device: torch.device | str = "cpu") -> float:
 def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> float:
     """Operations a second of a square matrix product (a multiply-add is two): n 1024 on a CPU, 8192 on a GPU.
 
-    dtype None: bfloat16 on a GPU, else float32. bfloat16 on a CPU is our own product (torch's is slow, or fatal, on
-    some), and float32 without one.
+    dtype None: bfloat16 on a GPU, else float32. On a CPU the product is our own in both (torch's bfloat16 is slow, or
+    fatal, on some); where there is none it is torch's in float32.
     """
     on_cpu = torch.device(device).type == "cpu"
-    if dtype is None or (on_cpu and dtype == torch.bfloat16 and isa() in (None, "baseline")):
+    if dtype is None or (on_cpu and not _ours()):
         dtype = torch.float32 if on_cpu else torch.bfloat16
     return _matmul_peak(str(device), dtype, torch.get_num_threads())
+
+
+def _ours() -> bool:
+    return isa() not in (None, "baseline")
 
 
 @cache
@@ -52,10 +56,10 @@ def _bandwidth(device: str, threads: int) -> float:
 @cache
 def _matmul_peak(device: str, dtype: torch.dtype, threads: int) -> float:
     on_cpu = torch.device(device).type == "cpu"
-    n, rounded = 1024 if on_cpu else 8192, on_cpu and dtype == torch.bfloat16
-    left, right, out = (torch.randn(n, n, device=device).to(torch.float32 if rounded else dtype) for _ in range(3))
-    work = partial(product, left, right, out) if rounded else partial(torch.mm, left, right, out=out)
-    with rounding(rounded):
+    n, native = 1024 if on_cpu else 8192, on_cpu and _ours()
+    left, right, out = (torch.randn(n, n, device=device).to(torch.float32 if native else dtype) for _ in range(3))
+    work = partial(product, left, right, out) if native else partial(torch.mm, left, right, out=out)
+    with rounding(dtype == torch.bfloat16):
         return 2 * n**3 / _fastest(work, device)
 
 
