@@ -11,7 +11,7 @@
 //
 //   dV += P^T dY      dS = P (dY V^T - D)      dQ += dS K      dK += dS^T Q
 //
-// Tasks of one sequence and key head that work at once have dK and dV of their own, which are added up in the end.
+// A long sequence is worked on in parts with dK and dV of their own, which are added up in the end.
 
 #include <cmath>
 #include <memory>
@@ -36,12 +36,12 @@ struct Sizes {
           across(pitch(block)), scale(1 / std::sqrt(static_cast<float>(a.width))) {}
 };
 
-struct Forth : Sizes {
+struct Forward : Sizes {
     Arena arena;
     Ahead ahead;
     float *q, *keys, *keys_turned, *values, *weights, *sums, *tops, *totals, *fades;
 
-    Forth(const Attention& attention, int64_t tokens)
+    Forward(const Attention& attention, int64_t tokens)
         : Sizes(attention, tokens), arena(rows * (2 * row + across + 3) + block * 2 * row + wide * block + 256), q(arena.take(rows * row)),
           keys(arena.take(block * row)), keys_turned(arena.take(wide * block)), values(arena.take(block * row)),
           weights(arena.take(rows * across)), sums(arena.take(rows * row)), tops(arena.take(rows)), totals(arena.take(rows)),
@@ -101,19 +101,19 @@ struct Forth : Sizes {
 };
 
 // The same rows of a task, and what of the gradients they bring.
-struct Back : Sizes {
+struct Backward : Sizes {
     Arena arena;
     Ahead ahead;
     float *q, *dy, *dq, *keys, *values, *keys_turned, *values_turned, *weights, *changes, *dk, *dv, *logs, *drops;
 
-    Back(const Attention& attention, int64_t tokens)
+    Backward(const Attention& attention, int64_t tokens)
         : Sizes(attention, tokens), arena(rows * (3 * row + 2 * across + 2) + 4 * block * row + 2 * wide * block + 512), q(arena.take(rows * row)),
           dy(arena.take(rows * row)), dq(arena.take(rows * row)), keys(arena.take(block * row)), values(arena.take(block * row)),
           keys_turned(arena.take(wide * block)), values_turned(arena.take(wide * block)), weights(arena.take(rows * across)),
           changes(arena.take(rows * across)), dk(arena.take(block * row)), dv(arena.take(block * row)), logs(arena.take(rows)),
           drops(arena.take(rows)) {}
 
-    // As Forth::run, with dk and dv of the sequence and key head. `place` is that of the first query in arrays by token and head.
+    // As Forward::run, with dk and dv of the sequence and key head. `place` is that of the first query in arrays by token and head.
     void run(const AttentionGradients& g, const float* queries, int64_t place, const float* k, const float* v, float* all_dk, float* all_dv,
              int64_t from, int64_t count, int64_t history) {
         const int64_t some_rows = count * group;
@@ -176,12 +176,10 @@ struct Back : Sizes {
     }
 };
 
-// How many parts the queries of a sequence are cut into, with about as many pairs of a query and a key in each, and where they end.
-// It depends on nothing but the sequence, so that threads change no bit.
-int64_t parts_of(int64_t tiles) { return std::clamp<int64_t>(tiles / 8, 1, 4); }
-
+// Where the parts end that the queries of a sequence are cut into, with about as many pairs of a query and a key in each. They depend
+// on nothing but the sequence, so that threads change no bit.
 std::vector<int64_t> ends(int64_t count, int64_t history, int64_t at_once) {
-    const int64_t tiles = (count + at_once - 1) / at_once, parts = parts_of(tiles);
+    const int64_t tiles = (count + at_once - 1) / at_once, parts = std::clamp<int64_t>(tiles / 8, 1, 4);
     const auto pairs = [&](int64_t tile) { return static_cast<double>(tile) * static_cast<double>(2 * history + tile * at_once); };
     std::vector<int64_t> ends;
     for (int64_t part = 1, tile = 0; part <= parts; part++) {
@@ -229,7 +227,7 @@ void attention_backward(const Attention& a, const AttentionGradients& g, int thr
     {
         int64_t most = 1;
         for (const Task& t : tasks) most = std::max(most, t.to - t.from);
-        Back work(a, std::min(at_once, most));
+        Backward work(a, std::min(at_once, most));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = static_cast<int64_t>(tasks.size()) - 1; i >= 0; i--) {
             const Task& t = tasks[i];
@@ -255,7 +253,7 @@ void attention_forward(const Attention& a, int threads) {
     for (int64_t s = 0; s < a.sequences; s++) most = std::max(most, length(s)), tasks += tasks_of(s);
 #pragma omp parallel num_threads(threads)
     {
-        Forth work(a, std::min(at_once, most));
+        Forward work(a, std::min(at_once, most));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t left = tasks - 1 - task, s = 0;  // the last queries of a sequence have the most keys, and come first

@@ -68,8 +68,7 @@ struct Form {
          whimbrel::isa::conv_backward, whimbrel::isa::gated_norm_forward, whimbrel::isa::gated_norm_backward, \
          whimbrel::isa::relu2, whimbrel::large::matmul, whimbrel::isa::cross_entropy,                         \
          whimbrel::isa::divergence, whimbrel::isa::attention_forward, whimbrel::isa::attention_backward,      \
-         whimbrel::products::gemm,                                                                            \
-         whimbrel::products::linear, whimbrel::products::decode}
+         whimbrel::products::gemm, whimbrel::products::linear, whimbrel::products::decode}
 
 #ifdef WHIMBREL_AVX512
 bool wide() {
