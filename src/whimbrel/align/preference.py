@@ -105,7 +105,7 @@ def log_probs(model: LanguageModel, batch: PairBatch) -> tuple[Tensor, Tensor]:
     hidden_RD = model(torch.from_numpy(batch.tokens_T).to(device), layout)
     logp_R = model.head(hidden_RD, lambda hidden, weight: ops.log_prob(hidden, weight, targets_T[rows_R]))
     answer_R = layout.segments.sequence_T[rows_R]
-    sums = logp_R.new_zeros(len(batch.lengths)).index_add(0, answer_R, logp_R)
+    sums = torch.zeros(len(batch.lengths), dtype=torch.float64, device=device).index_add(0, answer_R, logp_R.double())
     return sums.view(-1, 2), torch.bincount(answer_R, minlength=len(batch.lengths)).view(-1, 2)
 
 
