@@ -33,6 +33,7 @@ constexpr int64_t most_laid = 2 << 20;                // floats of a laid out at
 constexpr int64_t late = 96;                          // steps before the end at which a tile asks for its place in c
 constexpr int64_t ahead = 1024;                       // floats between those of tiles in use and those asked for from the third-level cache
 constexpr int64_t early = 16;                         // rows of a turned matrix that are asked for before they are needed
+constexpr int64_t close = 12;                         // ... of b, which are in the second-level cache by then
 constexpr int64_t few = 1152;                         // columns up to which rows of a are read where they are
 constexpr int64_t stride = 16;                        // steps between two looks at what will be needed soon
 
@@ -389,7 +390,11 @@ void multiply(const Matmul& p, int threads) {
                             float* const into = b_parts + part * slice_floats;
                             if (p.b_column == 1) {
                                 for (int64_t k = 0; k < there; k++)
-                                    for (int64_t i = 0; i < wide * lanes; i += lanes) store(into + k * panel + i, across<rounded>(b + k * f * p.b_step + i, p.b_step, k * f + 1 < numbers, limit(width - i, lanes)));
+                                    for (int64_t i = 0; i < wide * lanes; i += lanes) {
+                                        const float* const at = b + k * f * p.b_step + i;
+                                        for (int64_t j = 0; j < f; j++) __builtin_prefetch(at + (close * f + j) * p.b_step);
+                                        store(into + k * panel + i, across<rounded>(at, p.b_step, k * f + 1 < numbers, limit(width - i, lanes)));
+                                    }
                             } else {
                                 for (int64_t i = 0; i < wide * lanes; i += lanes)
                                     lay<rounded>(b + i * p.b_column, p.b_column, limit(width - i, lanes), numbers, into + i, panel);
