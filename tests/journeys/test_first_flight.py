@@ -225,7 +225,7 @@ def test_killed_at_random_it_ends_the_same(flown: Path, pages: Path, tmp_path: P
     for _ in range(12):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(draw.uniform(2.0, 9.0))
+            process.wait(draw.uniform(1.5, 5.0))
             break
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
