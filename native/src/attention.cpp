@@ -26,26 +26,38 @@ namespace {
 constexpr int64_t block = 64;      // keys worked on together
 constexpr int64_t most_rows = 240;  // rows of a task, unless one token has more
 
-struct Sizes {
+struct Block {
     const Attention& a;
     const int64_t group, rows, wide, row, across;  // rows of a task; of scratch they lie `row` apart, of scores `across`
     const float scale;
+    Ahead ahead;
+    float *keys, *keys_turned, *values;  // of a block
 
-    Sizes(const Attention& attention, int64_t tokens)
+    Block(const Attention& attention, int64_t tokens)
         : a(attention), group(a.heads / a.kv_heads), rows(tokens * group), wide(round_up(a.width)), row(pitch(a.width)),
           across(pitch(block)), scale(1 / std::sqrt(static_cast<float>(a.width))) {}
+
+    // Packs `some` keys and values from `at` on, and asks for those of the next block, up to `last`.
+    void fetch(const float* k, const float* v, int64_t at, int64_t some, int64_t last) {
+        pack(k + at * a.k_stride, a.k_stride, some, a.width, keys, row);
+        pack(v + at * a.v_stride, a.v_stride, some, a.width, values, row);
+        transpose(keys, row, round_up(some), wide, keys_turned, block);
+        const int64_t next = std::min(block, last - at - some);
+        ahead.add(k + (at + some) * a.k_stride, a.k_stride, next, a.width);
+        ahead.add(v + (at + some) * a.v_stride, a.v_stride, next, a.width);
+    }
 };
 
-struct Forward : Sizes {
+struct Forward : Block {
     Arena arena;
-    Ahead ahead;
-    float *q, *keys, *keys_turned, *values, *weights, *sums, *tops, *totals, *fades;
+    float *q, *weights, *sums, *tops, *totals, *fades;
 
     Forward(const Attention& attention, int64_t tokens)
-        : Sizes(attention, tokens), arena(rows * (2 * row + across + 3) + block * 2 * row + wide * block + 256), q(arena.take(rows * row)),
-          keys(arena.take(block * row)), keys_turned(arena.take(wide * block)), values(arena.take(block * row)),
+        : Block(attention, tokens), arena(rows * (2 * row + across + 3) + block * 2 * row + wide * block + 256), q(arena.take(rows * row)),
           weights(arena.take(rows * across)), sums(arena.take(rows * row)), tops(arena.take(rows)), totals(arena.take(rows)),
-          fades(arena.take(rows)) {}
+          fades(arena.take(rows)) {
+        keys = arena.take(block * row), keys_turned = arena.take(wide * block), values = arena.take(block * row);
+    }
 
     // Tokens from … from + count of a sequence with `history` keys before its first query; k, v of the sequence and key head.
     void run(const float* queries, const float* k, const float* v, float* y, float* logs, int64_t from, int64_t count, int64_t history) {
@@ -57,12 +69,7 @@ struct Forward : Sizes {
         const int64_t last = history + from + count;  // keys of the last token
         for (int64_t at = 0; at < last; at += block) {
             const int64_t some = std::min(block, last - at), first = std::max<int64_t>(0, at - history - from) * group;
-            pack(k + at * a.k_stride, a.k_stride, some, a.width, keys, row);
-            pack(v + at * a.v_stride, a.v_stride, some, a.width, values, row);
-            transpose(keys, row, round_up(some), wide, keys_turned, block);
-            const int64_t next = std::min(block, last - at - some);
-            ahead.add(k + (at + some) * a.k_stride, a.k_stride, next, a.width);
-            ahead.add(v + (at + some) * a.v_stride, a.v_stride, next, a.width);
+            fetch(k, v, at, some, last);
             multiply({.a = q + first * row, .b = keys_turned, .a_row = row, .a_step = 1, .b_step = block, .depth = a.width,
                       .out = weights + first * across, .out_row = across, .ahead = &ahead},
                      count * group - first, round_up(some));
@@ -77,7 +84,7 @@ struct Forward : Sizes {
             const int64_t place = (from + r / group) * a.heads + r % group;
             float* to = y + place * a.width;
             const float share = 1 / totals[r];
-            if (logs) logs[place] = tops[r] + std::log(totals[r]);
+            logs[place] = tops[r] + std::log(totals[r]);
             for (int64_t e = 0; e < a.width; e += lanes) store(to + e, load(sums + r * row + e) * share, a.width - e);
         }
     }
@@ -101,17 +108,17 @@ struct Forward : Sizes {
 };
 
 // The same rows of a task, and what of the gradients they bring.
-struct Backward : Sizes {
+struct Backward : Block {
     Arena arena;
-    Ahead ahead;
-    float *q, *dy, *dq, *keys, *values, *keys_turned, *values_turned, *weights, *changes, *dk, *dv, *logs, *drops;
+    float *q, *dy, *dq, *values_turned, *weights, *changes, *dk, *dv, *logs, *drops;
 
     Backward(const Attention& attention, int64_t tokens)
-        : Sizes(attention, tokens), arena(rows * (3 * row + 2 * across + 2) + 4 * block * row + 2 * wide * block + 512), q(arena.take(rows * row)),
-          dy(arena.take(rows * row)), dq(arena.take(rows * row)), keys(arena.take(block * row)), values(arena.take(block * row)),
-          keys_turned(arena.take(wide * block)), values_turned(arena.take(wide * block)), weights(arena.take(rows * across)),
-          changes(arena.take(rows * across)), dk(arena.take(block * row)), dv(arena.take(block * row)), logs(arena.take(rows)),
-          drops(arena.take(rows)) {}
+        : Block(attention, tokens), arena(rows * (3 * row + 2 * across + 2) + 4 * block * row + 2 * wide * block + 512), q(arena.take(rows * row)),
+          dy(arena.take(rows * row)), dq(arena.take(rows * row)), values_turned(arena.take(wide * block)),
+          weights(arena.take(rows * across)), changes(arena.take(rows * across)), dk(arena.take(block * row)), dv(arena.take(block * row)),
+          logs(arena.take(rows)), drops(arena.take(rows)) {
+        keys = arena.take(block * row), keys_turned = arena.take(wide * block), values = arena.take(block * row);
+    }
 
     // As Forward::run, with dk and dv of the sequence and key head. `place` is that of the first query in arrays by token and head.
     void run(const AttentionGradients& g, const float* queries, int64_t place, const float* k, const float* v, float* all_dk, float* all_dv,
@@ -134,13 +141,8 @@ struct Backward : Sizes {
         const int64_t last = history + from + count;
         for (int64_t at = 0; at < last; at += block) {
             const int64_t some = std::min(block, last - at), first = std::max<int64_t>(0, at - history - from) * group, high = some_rows - first;
-            pack(k + at * a.k_stride, a.k_stride, some, a.width, keys, row);
-            pack(v + at * a.v_stride, a.v_stride, some, a.width, values, row);
-            transpose(keys, row, round_up(some), wide, keys_turned, block);
+            fetch(k, v, at, some, last);
             transpose(values, row, round_up(some), wide, values_turned, block);
-            const int64_t next = std::min(block, last - at - some);
-            ahead.add(k + (at + some) * a.k_stride, a.k_stride, next, a.width);
-            ahead.add(v + (at + some) * a.v_stride, a.v_stride, next, a.width);
             const auto scores = [&](const float* left, const float* turned, float* to) {
                 multiply({.a = left + first * row, .b = turned, .a_row = row, .a_step = 1, .b_step = block, .depth = a.width,
                           .out = to + first * across, .out_row = across, .ahead = &ahead}, high, round_up(some));
@@ -262,7 +264,7 @@ void attention_forward(const Attention& a, int threads) {
             const int64_t from = left / a.kv_heads * at_once, head = key * group * a.width;
             work.run(a.q + begin * a.q_stride + head, a.k + a.keys[s] * a.k_stride + key * a.width,
                      a.v + a.keys[s] * a.v_stride + key * a.width, a.y + begin * a.heads * a.width + head,
-                     a.logs ? a.logs + begin * a.heads + key * group : nullptr, from, std::min(at_once, count - from), a.keys[s + 1] - a.keys[s] - count);
+                     a.logs + begin * a.heads + key * group, from, std::min(at_once, count - from), a.keys[s + 1] - a.keys[s] - count);
         }
     }
 }

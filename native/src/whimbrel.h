@@ -100,7 +100,7 @@ struct Divergence {
 
 // Causal attention of S sequences: q and y [T, heads, width], k and v [U, kv_heads, width], tokens *_stride floats apart (y is
 // dense). Sequence s has queries queries[s] … queries[s + 1], its last tokens, and at least as many keys keys[s] … keys[s + 1].
-// logs [T, heads]: the logarithm of the sum of each row's exponentials, which the gradients want (else null).
+// logs [T, heads]: the logarithm of the sum of each row's exponentials, which the gradients want.
 struct Attention {
     const float *q, *k, *v;
     float *y, *logs;

@@ -59,8 +59,8 @@ def scan():
 def attention():
     """Sequences of 70 queries over 75 keys and of 2 over 2, 4 heads of 5, 2 key heads."""
     q, k, v = map(pointer, map(row, (72 * 20, 77 * 10, 77 * 10)))
-    queries, keys, y = whole([0, 70, 72]), whole([0, 75, 77]), pointer([0] * 72 * 20)
-    return call("attention_forward", q, k, v, y, None, queries, keys, 2, 4, 2, 5, 20, 10, 10)
+    queries, keys, logs, y = whole([0, 70, 72]), whole([0, 75, 77]), pointer([0] * 72 * 4), pointer([0] * 72 * 20)
+    return call("attention_forward", q, k, v, y, logs, queries, keys, 2, 4, 2, 5, 20, 10, 10)
 
 
 def linear(kind):

@@ -3,10 +3,10 @@
 Each measurement takes about a second and is kept for the life of the process, a device, dtype and number of threads.
 They are the two floors of every speed that Whimbrel prints: bytes / bandwidth and operations / peak.
 
-What is measured: the best of several repeats, through torch, with the threads torch is set to, on the machine as busy
-as it is now. A sum over float32 was as fast as C's memchr and numpy's max where we tried (Xeon, 2026-11-21), so the
-sum itself is not the limit there. What is not: the data sheet's figure, writes, random access, caches (the buffer is
-larger), links between devices, or what another dtype or shape of matrix would reach.
+What is measured: the best of several repeats, through torch (products on a CPU: through ours), with torch's threads, on
+the machine as busy as it is now. A sum over float32 was as fast as C's memchr and numpy's max where we tried (Xeon,
+2026-11-21), so the sum itself is not the limit there. What is not: the data sheet's figure, writes, random access,
+caches (the buffer is larger), links between devices, or what another dtype or shape of matrix would reach.
 """
 
 from __future__ import annotations
